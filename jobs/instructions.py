@@ -1,7 +1,8 @@
 """Write prompts that combine questions about images with instructions (`redux instructions`).
 
 Arguments of the instructions are drawn once, so that every model answers the same prompts. A job names the file in
-`evaluate.tasks.instructions.files`, or in that of `instructions_held_out` for the held-out constraints.
+`evaluate.tasks.instructions.files`, or in that of `instructions_held_out` for the held-out constraints, or in that of
+`instruction_pairs` for prompts with two instructions.
 """
 
 import argparse
@@ -21,8 +22,11 @@ def write_prompts(arguments: argparse.Namespace) -> None:
     """Write the prompts and print their number; ValueError if a question or the output file cannot be used."""
     questions = read_questions(arguments.questions) if arguments.questions else easy_vqa.draw_questions()
     # drawn with the seed, so that the same command writes the same file
-    ids = HELD_OUT_INSTRUCTIONS if arguments.held_out else INSTRUCTIONS
-    prompts = instructions.build_questions(questions, arguments.per_task, arguments.seed, instruction_ids=ids)
+    if arguments.pairs:
+        prompts = instructions.build_pair_questions(questions, arguments.per_task, arguments.seed)
+    else:
+        ids = HELD_OUT_INSTRUCTIONS if arguments.held_out else INSTRUCTIONS
+        prompts = instructions.build_questions(questions, arguments.per_task, arguments.seed, instruction_ids=ids)
     try:
         instructions.write_questions(prompts, arguments.out)
     except OSError as error:

@@ -81,6 +81,7 @@ class TrialJobs:
 
     def __init__(self, search: Search, shared: tuple[Job, Path] | None = None, counts: Values | None = None) -> None:
         self.search, self.counts = search, counts or {}
+        self.shared_stages = shared[0].train if shared else {}
         self.tree = study.continue_from(search.job, search.shared, *shared) if shared else search.job
         tokenizer = shared[1] / run.TOKENIZER if shared else None
         # pretrained parts bring their own tokenizer, so the shared run has none
@@ -89,13 +90,11 @@ class TrialJobs:
 
     def __call__(self, values: Values, name: str = "trial") -> Job:
         """Build the job of a trial; ValueError if these values make no job."""
-        return study.build_job(
-            # later values win: those of the trial over the file's, and the file's over the counts of this machine
-            self.tree,
-            self.counts | self.search.fidelity | values,
-            f"{self.search.name}-{name}",
-            "job",
-        )
+        # later values win: those of the trial over the file's, and the file's over the counts of this machine
+        changes = self.counts | self.search.fidelity | values
+        job = study.build_job(self.tree, changes, f"{self.search.name}-{name}", "job")
+        study.check_templates(self.search.shared, {**self.shared_stages, **job.train}, "search")
+        return job
 
     def forecast(self, values: Values) -> dict[str, float]:
         """Compute the metrics of a trial that are known without running it; ValueError if its values make no job."""

@@ -10,6 +10,8 @@
     repeated: [llava]              # the other variants are trained with the first seed alone
     applied:                       # trained variants, evaluated with other settings
       llava-cmai: {variant: llava, changes: {model.cmai: {gamma_max: 0.6}}}
+    decisive_heads:                # CMAI of these runs is that of few heads alone, which training samples choose
+      {variants: [llava-cmai], share: 0.05, data: half_shown}
 
 runs/NAME/study.yaml       the resolved study
 runs/NAME/shared/          run of the shared stages
@@ -29,15 +31,17 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Annotated, Any
 
-from annotated_types import Ge, Lt, MinLen
+from annotated_types import Ge, Gt, Le, Lt, MinLen
 
 from jobs import document
 from jobs.layout import locate_model, locate_sets
 from jobs.schema import Job, Name
 from jobs.type_text import format_value
 from pipelines.core import failures, storage
+from pipelines.data.easy_vqa import EASY_VQA_SETS
 from pipelines.training.files import RESULT_FILE
-from redux.settings import METHODS
+from pipelines.training.stage import Stage
+from redux.settings import CMAI, METHODS
 
 SHARED = "shared"
 STUDY_FILE = "study.yaml"
@@ -58,6 +62,24 @@ class AppliedVariant:
 
 
 @dataclass(frozen=True, kw_only=True)
+class DecisiveHeads:
+    """Heads of the language model that alone get CMAI: those that matter most for the answers to training samples.
+
+    Args:
+        variants: names of variants or of evaluations in `applied` whose model.cmai is restricted to these heads. The
+            heads are those of the model from which the run starts: that of the shared stages, or the trained variant.
+        share: share of all heads of the language model; at least one head.
+        data: set of the job, or of easy-VQA, whose samples are read. half_shown has images and instructions.
+        samples: number of samples, evenly spaced.
+    """
+
+    variants: Annotated[tuple[Name, ...], MinLen(1)]
+    share: Annotated[float, Gt(0), Le(1)] = 0.05
+    data: str
+    samples: Annotated[int, Ge(1)] = 128
+
+
+@dataclass(frozen=True, kw_only=True)
 class Study:
     """Content of a study file.
 
@@ -70,6 +92,7 @@ class Study:
         repeated: names of the variants that are trained with every seed; the others have the first seed alone. null
             repeats all.
         applied: evaluations of trained variants with other settings, by name, with the seeds of the variant.
+        decisive_heads: choice of the few heads that get CMAI in some runs.
     """
 
     name: Name
@@ -79,6 +102,7 @@ class Study:
     variants: Annotated[dict[Name, dict[str, Any]], MinLen(1)]
     repeated: tuple[Name, ...] | None = None
     applied: dict[Name, AppliedVariant] = field(default_factory=dict)
+    decisive_heads: DecisiveHeads | None = None
 
     def __post_init__(self) -> None:
         if len(set(self.seeds)) < len(self.seeds):
@@ -112,6 +136,11 @@ class Study:
             raise ValueError(f"applied: got {', '.join(self.applied)}, allowed: none, because job.evaluate is null")
         if self.applied and not self.job.get("train"):
             raise ValueError(f"applied: got {', '.join(self.applied)}, allowed: none, because job.train has no stages")
+        # before the shared stages a variant has no trained model whose heads could be measured
+        known = ", ".join([*(self.variants if self.shared else []), *self.applied])
+        for name in self.decisive_heads.variants if self.decisive_heads else ():
+            if name not in self.applied and not (self.shared and name in self.variants):
+                raise ValueError(f"decisive_heads.variants: got {name}, allowed: {known or 'none'}")
 
     def list_seeds(self, variant: str) -> tuple[int, ...]:
         """List the seeds of a variant."""
@@ -189,7 +218,8 @@ def load(path: Path, overrides: Sequence[str] = ()) -> Study:
     """Load the study of a YAML file after overrides; ValueError if it or one of its jobs is wrong."""
     study = document.read(path, overrides, Study)
     # every job is built once, so that a wrong variant fails before hours of the others
-    list_jobs(study, Path(), str(path))
+    jobs = list_jobs(study, Path(), str(path))
+    _check_decisive_heads(study, jobs, str(path))
     return study
 
 
@@ -208,7 +238,7 @@ def list_jobs(study: Study, folder: Path, source: str = "study") -> dict[str, Jo
     if study.shared:
         seeded = {"seed": study.seeds[0], **tree}
         result[SHARED] = shared = build_job(seeded, {}, f"{study.name}-{SHARED}", f"{source}: job")
-        _check_templates(study, shared, source)
+        check_templates(study.shared, shared.train, source)
         result |= _list_applied(study, seeded, shared, folder, SHARED, study.seeds[0], source)
         tree = continue_from(tree, study.shared, shared, folder / SHARED)
     for seed in study.seeds:
@@ -217,19 +247,44 @@ def list_jobs(study: Study, folder: Path, source: str = "study") -> dict[str, Jo
                 continue
             name = format_run(variant, seed)
             seeded = {"seed": seed, **tree}
-            result[name] = job = build_job(seeded, changes, f"{study.name}-{name}", f"{source}: variants.{variant}")
+            label = f"{source}: variants.{variant}"
+            result[name] = job = build_job(seeded, changes, f"{study.name}-{name}", label)
+            if study.shared:
+                check_templates(study.shared, {**result[SHARED].train, **job.train}, label)
             # evaluations follow the run whose model they need
             result |= _list_applied(study, seeded, job, folder, variant, seed, source)
     return result
 
 
-def _check_templates(study: Study, shared: Job, source: str) -> None:
-    """Check that a stage with the chat template can start from the model of the shared stages; ValueError if not."""
-    last = study.shared[-1]
-    chat = [name for name, stage in shared.train.items() if name not in study.shared and stage.template == "chat"]
-    if chat and shared.train[last].template == "plain":
+def _check_decisive_heads(study: Study, jobs: Mapping[str, Job], source: str) -> None:
+    """Check that the runs for which heads are chosen have CMAI, and that the set is known; ValueError if not."""
+    settings = study.decisive_heads
+    if settings is None:
+        return
+    for name in settings.variants:
+        if not isinstance(jobs[format_run(name, study.seeds[0])].model.cmai, CMAI):
+            raise ValueError(f"{source}: decisive_heads.variants: got {name}, allowed: runs that set model.cmai")
+    first = next(iter(jobs.values()))
+    known = [*(EASY_VQA_SETS if first.data.source else ()), *first.data.set_names]
+    if settings.data not in known:
+        raise ValueError(f"{source}: decisive_heads.data: got {settings.data}, allowed: {', '.join(known)}")
+
+
+def check_templates(shared: Sequence[str], stages: Mapping[str, Stage], source: str) -> None:
+    """Check that a stage with the chat template can start from the model of the shared stages.
+
+    Args:
+        shared: names of the shared stages; there may be none.
+        stages: all stages of a run, shared ones included.
+        source: beginning of an error message.
+
+    Raises:
+        ValueError: the model of the shared stages has no chat template.
+    """
+    chat = [name for name, stage in stages.items() if name not in shared and stage.template == "chat"]
+    if chat and shared and stages[shared[-1]].template == "plain":
         raise ValueError(
-            f"{source}: job.train.{last}.template: got plain before {chat[0]} with chat, allowed: chat, because a "
+            f"{source}: job.train.{shared[-1]}.template: got plain before {chat[0]} with chat, allowed: chat, because a "
             "model that was last trained with captions alone has no chat template"
         )
 
@@ -335,7 +390,7 @@ def run_study(study: Study, folder: Path, allow_changes: bool = False, share: Sh
     """
     selected = share.select(study)
     # imported late: a wrong study is reported before torch and Ray are loaded
-    from jobs import claims, model_parts, run, tables
+    from jobs import claims, decisive_heads, model_parts, run, tables
     from pipelines.core import cluster
 
     folder = folder.resolve()
@@ -347,15 +402,21 @@ def run_study(study: Study, folder: Path, allow_changes: bool = False, share: Sh
     work = {name: job for name, job in runs.items() if name == SHARED or name in selected}
     for job in work.values():
         model_parts.locate_parts(job.model)  # a missing package is named before Ray starts
+    chosen = study.decisive_heads
+    with_heads = {format_run(name, seed) for name in (chosen.variants if chosen else ()) for seed in study.seeds}
     # one Ray for all runs, because its start takes seconds
     with cluster.open_session():
         for number, (name, job) in enumerate(work.items(), start=1):
             print(f"[{number}/{len(work)}] {name}", flush=True)
             until = study.shared[-1] if name == SHARED else None
+            if chosen and name in with_heads:
+                job = decisive_heads.choose_heads(job, folder / name, chosen)
             # another share may train the shared stages in the same folder
             patience_s = math.inf if name == SHARED and share.total > 1 else 0
             run.run(job, folder / name, allow_changes, until, patience_s=patience_s)
-    tables.write_tables([folder / name for name in runs if name != SHARED], folder, tables.find_scorer)
+    # runs of other shares may have no folder here
+    finished = [folder / name for name in runs if name != SHARED and (folder / name).is_dir()]
+    tables.write_tables(finished, folder, tables.find_scorer)
     print(_describe_end(study, folder, share, [name for name in runs if name != SHARED and name not in selected]))
 
 

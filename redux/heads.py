@@ -1,7 +1,9 @@
 """Heads of the language model that decide how an answer goes on, for `CMAI.heads`.
 
-Few heads decide whether an instruction is followed (arXiv 2602.03677), so a mean over heads may inhibit the wrong ones.
-Importance is that of Michel et al. 2019 (arXiv 1905.10650, eq. 2): the output of each head gets a factor xi = 1, and
+Few heads decide whether an instruction is followed, so a mean over heads may inhibit the wrong ones.  In Instruction
+Anchor (arXiv 2602.03677) blocking 5 % of the heads degrades following.  Only its abstract was readable, so its way to
+find the heads is not used here.  Importance is that of Michel et al. 2019 (arXiv 1905.10650, eq. 2): the output of each
+head gets a factor xi = 1, and
 
     I_h = mean over examples of | d loss / d xi_h |
 
@@ -65,9 +67,18 @@ def select_decisive_heads(
     Raises:
         ValueError: there are no examples, or the share is not between 0 and 1.
     """
+    importance = measure_head_importance(answerer.model, (encode_example(answerer, *example) for example in examples))
+    return select_heads(importance, share)
+
+
+def select_heads(importance: Float[Tensor, "layers heads"], share: float = 0.05) -> tuple[int, ...]:
+    """Select the heads with the largest importance, as numbers for `CMAI.heads`; at least one.
+
+    Raises:
+        ValueError: the share is not between 0 and 1.
+    """
     if not 0 < share <= 1:
         raise ValueError(f"share: got {share}, allowed: 0 < share <= 1")
-    importance = measure_head_importance(answerer.model, (encode_example(answerer, *example) for example in examples))
     ranked = importance.flatten().argsort(descending=True, stable=True)
     return tuple(sorted(ranked[: max(round(share * len(ranked)), 1)].tolist()))
 

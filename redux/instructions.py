@@ -481,3 +481,15 @@ INSTRUCTIONS: dict[str, Instruction] = {
 
 ALL_INSTRUCTIONS: dict[str, Instruction] = INSTRUCTIONS | HELD_OUT_INSTRUCTIONS
 """The sixteen instructions, then the constraints of `redux.held_out_instructions`, by id."""
+
+INSTRUCTION_PAIRS: tuple[tuple[str, str], ...] = (
+    ("punctuation:no_comma", "detectable_format:json_format"),
+    ("change_case:english_lowercase", "detectable_format:number_bullet_lists"),
+    ("change_case:english_capital", "detectable_format:title"),
+    ("detectable_content:number_placeholders", "multi-turn:constrained_start"),
+    ("detectable_format:number_highlighted_sections", "detectable_content:postscript"),
+    ("keywords:existence", "length_constraints:number_sentences"),
+    ("detectable_format:multiple_sections", "length_constraints:number_words"),
+    ("combination:two_responses", "startend:end_checker"),
+)
+"""Pairs of instructions that one response can follow both; each of the sixteen is in one pair."""

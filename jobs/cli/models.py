@@ -141,7 +141,9 @@ def _add_instructions(verbs: Any) -> None:
         help="questions per instruction (default: %(default)s)",
     )
     instructions.add_argument("--seed", metavar="N", type=int, default=0, help="random seed (default: %(default)s)")
-    instructions.add_argument(
+    kinds = instructions.add_mutually_exclusive_group()
+    kinds.add_argument("--pairs", action="store_true", help="write prompts with two instructions each, in place of one")
+    kinds.add_argument(
         "--held-out",
         action="store_true",
         help="write the twelve constraints that no training set teaches, in place of the sixteen instructions",

@@ -65,19 +65,19 @@ def make_captions(split: Literal["train", "test"]) -> list[dict]:
     return [_make_record(split, image, path, ["", derive_caption(pairs)]) for image, path, pairs in _load_images(split)]
 
 
-def make_image_instructions() -> list[dict]:
-    """Make one record per training image with two questions, each with one of INSTRUCTIONS_WITH_IMAGES."""
+def make_image_instructions(taught: Sequence[str] = INSTRUCTIONS_WITH_IMAGES) -> list[dict]:
+    """Make one record per training image with two questions, each with an instruction.
+
+    Args:
+        taught: ids of the instructions.
+    """
     rng = random.Random(0)
     return [
         _make_record(
             "train",
             image,
             path,
-            [
-                text
-                for pair in rng.sample(pairs, 2)
-                for text in formats.add_instruction(rng.choice(INSTRUCTIONS_WITH_IMAGES), *pair, rng)
-            ],
+            [text for pair in rng.sample(pairs, 2) for text in formats.add_instruction(rng.choice(taught), *pair, rng)],
         )
         for image, path, pairs in _load_images("train")
     ]
@@ -103,6 +103,7 @@ EASY_VQA_SETS: dict[str, Callable[[], list[dict]]] = {
     "captions": partial(make_captions, "train"),
     "conversations": partial(make_conversations, "train"),
     "shown": make_image_instructions,
+    "half_shown": partial(make_image_instructions, HALF_OF_INSTRUCTIONS),
     "formats": make_text_instructions,
     "half_formats": partial(make_text_instructions, HALF_OF_INSTRUCTIONS),
 }
@@ -110,6 +111,7 @@ EASY_VQA_SETS: dict[str, Callable[[], list[dict]]] = {
 
 INSTRUCTIONS_BY_SET: dict[str, tuple[str, ...]] = {
     "shown": INSTRUCTIONS_WITH_IMAGES,
+    "half_shown": HALF_OF_INSTRUCTIONS,
     "formats": tuple(formats.INSTRUCTION_FORMS),
     "half_formats": HALF_OF_INSTRUCTIONS,
 }

@@ -52,6 +52,13 @@ def _load_held_out_instructions(*prompts: str) -> list[Question]:
     return _load_instructions(*prompts, instruction_ids=HELD_OUT_INSTRUCTIONS)
 
 
+def _load_instruction_pairs(*prompts: str) -> list[Question]:
+    """Load prompts as `_load_instructions`, with two of the sixteen instructions each."""
+    if not prompts:
+        return instruction_following.build_pair_questions(easy_vqa.draw_questions())
+    return _load_instructions(*prompts)
+
+
 def _load_instructions_without_image(*prompts: str) -> list[Question]:
     """Load the prompts of the task "instructions" as text alone."""
     return instruction_following.without_images(_load_instructions(*prompts))
@@ -62,6 +69,9 @@ EVALUATION_TASKS: dict[str, Task] = {
     "instructions": Task(_load_instructions, instruction_following.compute_metrics, 1024, str(easy_vqa.PACKAGE_IMAGES)),
     "instructions_held_out": Task(
         _load_held_out_instructions, instruction_following.compute_metrics, 1024, str(easy_vqa.PACKAGE_IMAGES)
+    ),
+    "instruction_pairs": Task(
+        _load_instruction_pairs, instruction_following.compute_metrics, 1024, str(easy_vqa.PACKAGE_IMAGES)
     ),
     "instructions_without_image": Task(_load_instructions_without_image, instruction_following.compute_metrics, 1024),
     **{
@@ -88,8 +98,8 @@ class TaskSettings:
     """Settings of one evaluation task.
 
     Args:
-        files: the files of the benchmark, paths or URLs. easy_vqa needs none. instructions,
-            instructions_held_out and instructions_without_image use the images of easy-VQA unless they get files that
+        files: the files of the benchmark, paths or URLs. easy_vqa needs none. instructions, instructions_held_out,
+            instruction_pairs and instructions_without_image use the images of easy-VQA unless they get files that
             `redux instructions` wrote.
         file: questions of your own, path or URL: JSON lines or a JSON list of {image, question, answer or answers}, and
             if wanted type, id and options; or LLaVA records. The task may then have any name.
@@ -206,8 +216,8 @@ def count_new_tokens(name: TaskName, task: TaskSettings) -> int:
 
 def compute_custom_metrics(rows: Sequence[Row]) -> dict[str, Metric]:
     """Compute the metrics of questions of users, whose rows say how they are scored."""
-    score = instruction_following.compute_metrics if rows and "instruction_id" in rows[0] else custom.compute_metrics
-    return score(rows)
+    has_instructions = bool(rows) and instruction_following.has_instructions(rows[0])
+    return (instruction_following.compute_metrics if has_instructions else custom.compute_metrics)(rows)
 
 
 def _load_custom(file: str, metric: AnswerMetric, images: str) -> list[Question]:

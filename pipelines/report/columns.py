@@ -47,6 +47,8 @@ MEASURE_COLUMNS = (
     Column("untaught", "instructions.strict_untaught", about="of the sixteen, those that no training text teaches"),
     Column("held out", "instructions_held_out.strict", about="constraints of other kinds, in no training text"),
     Column("held out, loose", "instructions_held_out.loose"),
+    Column("pairs", "instruction_pairs.strict", about="of two instructions in one prompt, those followed"),
+    Column("pairs, both", "instruction_pairs.prompt_strict", about="prompts of which both are followed"),
     Column("no image", "instructions_without_image.strict", about="the sixteen, asked by text alone without the image"),
     *CORRECTNESS_COLUMNS,
     Column("words", "instructions.words", 1.0, about="mean number of words of an answer"),
@@ -56,7 +58,7 @@ MEASURE_COLUMNS = (
         "instructions.dominance",
         1.0,
         number_format="{:.2f}",
-        about="attention to a text token over that to an image token",
+        about="attention to a text token over that to an image token, see redux/attention_mass.py",
     ),
 )
 """Measures of instruction following beside the paper's."""

@@ -25,6 +25,7 @@ from pipelines.report.plots import shorten_label
 from pipelines.report.runs import Scorer
 from redux.benchmarks import BENCHMARKS, Metric, Row
 from redux.benchmarks.custom import UNTYPED
+from redux.benchmarks.instructions import ID_LIST, has_instructions
 from redux.instructions import ALL_INSTRUCTIONS
 
 MAX_REFERENCES = 20
@@ -49,21 +50,27 @@ SCORED_TASK_TITLES = {
     "easy_vqa": "easy-VQA",
     "instructions": "Instructions",
     "instructions_held_out": "Held-out constraints",
+    "instruction_pairs": "Two instructions",
     "instructions_without_image": "Instructions without image",
 }
 METRIC_TITLES = {
     "strict": "followed (strict)",
     "loose": "followed (loose)",
+    "prompt_strict": "all of a prompt followed (strict)",
+    "prompt_loose": "all of a prompt followed (loose)",
     "right": "answer correct",
     "both": "followed and correct",
     "words": "words per answer",
     "image_mass": "attention to image tokens",
     "dominance": "dominance index of text",
+    "dominance.early": "dominance index, first two layers",
+    "dominance.middle": "dominance index, middle two layers",
+    "dominance.late": "dominance index, last two layers",
     "perception": "perception, points",
     "cognition": "cognition, points",
 }
 QUANTITIES = ("words", "dominance")
-"""Metrics without a largest possible value."""
+"""Metrics without a largest possible value, and those of their parts."""
 
 LAYER_METRICS = "image_mass.layer_"
 """Beginning of the names of metrics by layer, which the lists of scores leave out."""
@@ -165,7 +172,7 @@ class TaskResult:
 
     @property
     def has_instructions(self) -> bool:
-        return any("instruction_id" in judged.row for judged in self.rows)
+        return any(has_instructions(judged.row) for judged in self.rows)
 
 
 def read_results(run: Path) -> list[TaskResult]:
@@ -243,7 +250,7 @@ def make_score_line(name: str, metric: Metric, main: str) -> ScoreLine:
         metric: the metric.
         main: name of the main metric; "MAIN.TYPE" gets the title TYPE.
     """
-    is_quantity = name in QUANTITIES
+    is_quantity = name.partition(".")[0] in QUANTITIES
     if is_quantity:
         maximum = max(*(outcome.value for outcome in metric.outcomes), 1e-9)
         interval = bootstrap_interval([metric])
@@ -322,9 +329,10 @@ def _score_row(score: Scorer, row: Row) -> float | None:
 
 def _find_kind(row: Mapping[str, Any]) -> str:
     """Find the type of a question, "" if it has none."""
-    if "instruction_id" in row:
-        instruction = ALL_INSTRUCTIONS.get(str(row["instruction_id"]))
-        return instruction.name if instruction else str(row["instruction_id"])
+    if has_instructions(row):
+        ids = row[ID_LIST] if ID_LIST in row else [row["instruction_id"]]
+        names = (ALL_INSTRUCTIONS[id].name if id in ALL_INSTRUCTIONS else str(id) for id in ids)
+        return shorten(" + ".join(names), ANSWER_LABEL_LENGTH)
     # benchmarks name the type of a question differently
     kind = next((str(row[key]) for key in TYPE_KEYS if row.get(key)), "")
     return "" if kind == UNTYPED else shorten_label(kind, ANSWER_LABEL_LENGTH)

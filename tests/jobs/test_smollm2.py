@@ -26,6 +26,7 @@ from pipelines.core import jsonl
 from pipelines.data import easy_vqa
 from pipelines.training import engine
 from redux.chat_template import find_template
+from redux.heads import select_heads
 from redux.held_out_instructions import HELD_OUT_INSTRUCTIONS
 from redux.instructions import INSTRUCTIONS, draw_arguments, render_instruction
 from tests.jobs.command_line import run_command
@@ -40,7 +41,13 @@ CHAT = (
 """Chat template of SmolLM2's form; the end of an answer is the end token of the tokenizer."""
 
 
-SMALL_APPLIED = ("llava-with-cmai-60", "both-without", "upper-limit", "bare-language-model")
+SMALL_APPLIED = (
+    "llava-with-cmai-60",
+    "llava-with-cmai-60-decisive-heads",
+    "both-without",
+    "upper-limit",
+    "bare-language-model",
+)
 
 
 @pytest.fixture(scope="module")
@@ -62,6 +69,7 @@ def write_small_study(path: Path, language: Path, out: Path, variants: tuple[str
     tree["variants"] = {name: tree["variants"][name] for name in variants}
     tree["applied"] = {name: tree["applied"][name] for name in SMALL_APPLIED}
     tree["repeated"] = ["llava"]
+    tree["decisive_heads"] |= {"variants": ["llava-with-cmai-60-decisive-heads"], "samples": 2}
     job = tree["job"]
     sizes = {"num_hidden_layers": 4, "hidden_size": 16, "num_attention_heads": 2, "intermediate_size": 16}
     job["model"] |= {
@@ -136,6 +144,10 @@ def test_an_applied_variant_evaluates_the_model_of_its_variant(recipe: Study, tm
     )
 
 
+WITHOUT_OTHERS: dict[str, Any] = {"repeated": None, "applied": {}, "decisive_heads": None}
+"""Changes for a study whose variants are others."""
+
+
 # --- shares ----------------------------------------------------------------------------------------------------------
 
 
@@ -167,7 +179,7 @@ def test_a_wrong_share_is_refused_in_one_line(text: str) -> None:
 
 
 def test_a_share_that_cannot_be_is_refused_before_a_run(tmp_path: Path) -> None:
-    small = {"seeds": [0], "variants": {"llava": {}}, "repeated": None, "applied": {}}
+    small = {"seeds": [0], "variants": {"llava": {}}, **WITHOUT_OTHERS}
     path = tmp_path / "study.yaml"
     path.write_text(yaml.safe_dump(yaml.safe_load(RECIPE.read_text()) | small, sort_keys=False))
     done = run_command("run", path, "--share", "2/2", "--runs-dir", tmp_path / "runs")
@@ -190,6 +202,43 @@ TRAINED_ELSEWHERE = {"data": {"source": None}, "model": {"checkpoint": "x"}, "tr
             {"job": yaml.safe_load(RECIPE.read_text().replace("template: chat  ", "template: plain"))["job"]},
             r"job\.train\.pretrain\.template: got plain before instruct with chat, allowed: chat",
         ),
+        (
+            {
+                "job": yaml.safe_load(
+                    RECIPE.read_text()
+                    .replace("template: chat  ", "template: plain")
+                    .replace("      template: chat\n", "      template: vicuna_v1\n")
+                )["job"],
+                "variants": {"llava": {}, "chat": {"train.instruct.template": "chat"}},
+                **WITHOUT_OTHERS,
+            },
+            r"variants\.chat: job\.train\.pretrain\.template: got plain before instruct with chat, allowed: chat",
+        ),
+        (
+            {"decisive_heads": {"variants": ["lava"], "data": "half_shown"}},
+            r"decisive_heads\.variants: got lava, allowed: llava, .*upper-limit",
+        ),
+        (
+            {"decisive_heads": {"variants": ["llava"], "data": "half_shown"}},
+            r"decisive_heads\.variants: got llava, allowed: runs that set model\.cmai",
+        ),
+        (
+            {"decisive_heads": {"variants": ["cmai-60"], "data": "test"}},
+            r"decisive_heads\.data: got test, allowed: captions, .*half_shown",
+        ),
+        (
+            {
+                **WITHOUT_OTHERS,
+                "shared": [],
+                "applied": {"x": {"variant": "llava", "changes": {}}},
+                "decisive_heads": {"variants": ["cmai-60"], "data": "half_shown"},
+            },
+            r"decisive_heads\.variants: got cmai-60, allowed: x$",
+        ),
+        (
+            {"decisive_heads": {"variants": ["cmai-60"], "data": "half_shown", "share": 0}},
+            r"decisive_heads\.share: got 0",
+        ),
         ({"repeated": ["lava"]}, "repeated: got lava, allowed: llava"),
         (
             {"applied": {"x": {"variant": "lava", "changes": {}}}},
@@ -197,14 +246,14 @@ TRAINED_ELSEWHERE = {"data": {"source": None}, "model": {"checkpoint": "x"}, "tr
         ),
         ({"applied": {"llava": {"variant": "llava", "changes": {}}}}, "applied: got llava, which is a variant"),
         (
-            {"applied": {"x": {"variant": "llava", "changes": {"model.cmai": {"gamma_max": 2}}}}},
+            {**WITHOUT_OTHERS, "applied": {"x": {"variant": "llava", "changes": {"model.cmai": {"gamma_max": 2}}}}},
             r"applied\.x\.changes: .*gamma_max: got 2",
         ),
         (
             {"applied": {"x": {"variant": "llava", "changes": {}}}, "shared": [], "job": TRAINED_ELSEWHERE},
             "applied: got x, allowed: none, because job.train has no stages",
         ),
-        ({"variants": {"shared": {}}, "repeated": None, "applied": {}}, "variants: got shared, allowed: another name"),
+        ({"variants": {"shared": {}}, **WITHOUT_OTHERS}, "variants: got shared, allowed: another name"),
     ],
 )
 def test_a_mistake_in_a_study_is_one_line(tmp_path: Path, changes: dict[str, Any], message: str) -> None:
@@ -378,6 +427,19 @@ def test_answers_end_with_the_end_token_of_the_chat_template(joined: Path) -> No
     tokenizer = AutoTokenizer.from_pretrained(folder)
     assert json.loads((folder / "config.json").read_text())["conversation_template"] == "chat"
     assert find_template("chat", tokenizer).human.startswith("[user")
+
+
+@pytest.mark.slow
+def test_heads_are_chosen_from_training_samples_before_the_run(joined: Path) -> None:
+    folder = joined / "llava-with-cmai-60-decisive-heads-0"
+    found = json.loads((folder / "heads.json").read_text())
+    assert found["settings"]["data"] == "half_shown"
+    importance = torch.tensor(found["importance"])
+    assert tuple(found["heads"]) == select_heads(importance, 0.05)
+    job = yaml.safe_load((folder / "job.yaml").read_text())
+    assert job["model"]["cmai"]["heads"] == found["heads"]
+    provenance = json.loads((folder / "answers" / "provenance.json").read_text())
+    assert provenance["methods"]["cmai"]["heads"] == found["heads"]
 
 
 @pytest.mark.slow

@@ -126,6 +126,17 @@ def test_data_in_another_form_is_made_into_one_set_for_all_runs(
         )
 
 
+def test_the_tables_of_a_share_have_the_runs_in_its_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    loaded = load(tmp_path, variants={"a": {}, "b": {}}, shared=[], seeds=[0])
+    tabled: list[list[str]] = []
+    monkeypatch.setattr(run, "run", lambda job, folder, *_, **__: folder.mkdir())
+    monkeypatch.setattr(cluster, "open_session", nullcontext)
+    monkeypatch.setattr(tables, "write_tables", lambda runs, *_: tabled.append([path.name for path in runs]))
+    for number in (2, 1):
+        study.run_study(loaded, tmp_path / "runs", share=study.Share(number, 2))
+    assert tabled == [["b-0"], ["a-0", "b-0"]]
+
+
 def test_a_folder_that_cannot_be_made_is_named(tmp_path: Path) -> None:
     (tmp_path / "runs").touch()
     with pytest.raises(ValueError, match=r"runs/mini: no run folder can be made here: Not a directory$"):

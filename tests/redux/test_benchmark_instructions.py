@@ -2,6 +2,8 @@
 
 import json
 import random
+import re
+from dataclasses import replace
 from pathlib import Path
 from statistics import fmean
 from typing import Any
@@ -13,6 +15,7 @@ from redux.benchmarks import Question
 from redux.benchmarks.instructions import (
     REFERENCE_FIELDS,
     ImageQuestion,
+    build_pair_questions,
     build_questions,
     compute_metrics,
     contains_answer,
@@ -24,7 +27,7 @@ from redux.benchmarks.instructions import (
     write_questions,
 )
 from redux.held_out_instructions import HELD_OUT_INSTRUCTIONS
-from redux.instructions import INSTRUCTIONS, render_instruction
+from redux.instructions import INSTRUCTION_PAIRS, INSTRUCTIONS, render_instruction
 
 ASKED = [
     ImageQuestion(
@@ -162,6 +165,9 @@ def test_attention_counts_where_it_was_measured() -> None:
     assert found["image_mass.layer_00"].score == pytest.approx(0.3)
     assert found["image_mass.layer_01"].score == pytest.approx(0.2)
     assert found["dominance"].score == pytest.approx(fmean(each.dominance for each in measured))
+    for group in ("early", "middle", "late"):
+        expected = fmean(each.dominance_by_group[group] for each in measured)
+        assert found[f"dominance.{group}"].score == pytest.approx(expected)
 
 
 def test_tasks_of_some_instructions_are_a_mean_of_their_own() -> None:
@@ -202,6 +208,107 @@ def test_scores_do_not_depend_on_the_arm() -> None:
         for of_arms in (arms, relabelled)
     )
     assert scores == others
+
+
+# --- prompts with two instructions -----------------------------------------------------------------------------------
+
+
+def test_each_of_the_sixteen_is_in_one_pair() -> None:
+    assert sorted(id for pair in INSTRUCTION_PAIRS for id in pair) == sorted(INSTRUCTIONS)
+
+
+FOLLOWING_BOTH = (
+    '{"answer": "red"}',
+    "* it is a red shape\n* it is a circle\n* that is all there is\n* nothing more\n* so it is",
+    "<<WHAT THE IMAGE SHOWS IS THAT THE ANSWER IS RED>>",
+    "{starter} red [a] [b] [c] [d]",
+    "*red* *a* *b* *c*\n{postscript_marker} that is all",
+    "{keywords} are in it. Red.",
+    "{section_spliter} 1 red {section_spliter} 2 a {section_spliter} 3 b {section_spliter} 4 c {section_spliter} 5 d",
+    "red\n******\nit is red. {end_phrase}",
+)
+"""A response for each pair; the first bullets and the keywords of a prompt are put in below."""
+
+
+def test_a_response_can_follow_both_instructions_of_a_pair() -> None:
+    made = build_pair_questions(ASKED, per_task=12)
+    assert len(made) == 8 * 12
+    for question in made:
+        arguments = {name: value for kwargs in question.reference["kwargs"] for name, value in kwargs.items()}
+        response = FOLLOWING_BOTH[question.reference["task"] - 1]
+        values = {name: value for name, value in arguments.items() if isinstance(value, str)}
+        values["keywords"] = " and ".join(arguments.get("keywords", ()))
+        if "{" in response.replace('{"', ""):
+            response = response.format(**values)
+        if "num_bullets" in arguments:
+            response = "\n".join(response.split("\n")[: arguments["num_bullets"]])
+        # sentences and words are bounded from one of two sides
+        if arguments.get("relation") == "at least":
+            filler, count = (
+                ("It is red. ", arguments["num_sentences"])
+                if "num_sentences" in arguments
+                else ("red ", arguments["num_words"])
+            )
+            response = filler * count + response
+        if arguments.get("relation") == "less than":
+            if arguments.get("num_sentences") == 1:
+                continue  # no response has fewer
+            response = response.replace(". ", " ").rstrip(".")
+        assert judge_row({**question.reference, "response": response})["strict"], (question.prompt, response)
+
+
+def test_a_prompt_of_a_pair_has_the_texts_of_both_single_prompts() -> None:
+    single = {
+        (each.unit, each.reference["instruction_id"]): each.reference["kwargs"]
+        for each in build_questions(ASKED, per_task=12)
+    }
+    for each in build_pair_questions(ASKED, per_task=12):
+        pairs = list(zip(each.reference["instruction_id_list"], each.reference["kwargs"], strict=True))
+        assert [kwargs for _, kwargs in pairs] == [single[each.unit, id] for id, _ in pairs]
+        texts = [render_instruction(id, kwargs) for id, kwargs in pairs]
+        assert each.prompt == " ".join([each.reference["question"], *texts])
+    assert build_pair_questions(ASKED, 5) == build_pair_questions(ASKED, 5) != build_pair_questions(ASKED, 5, seed=1)
+
+
+def test_the_levels_differ_for_prompts_with_two_instructions() -> None:
+    answered = rows(build_pair_questions(ASKED, per_task=12), "it is red", "IT IS RED", '{"a": "red"}', "*a* **b**, c")
+    found = compute_metrics(answered)
+    for kind in ("strict", "loose"):
+        of_rows = [next(score_lines(json.dumps(row), "a"))[kind] for row in answered]
+        assert found[kind].score == pytest.approx(fmean(map(fmean, of_rows)))
+        assert found[f"prompt_{kind}"].score == pytest.approx(fmean(map(all, of_rows)))
+        assert 0 < found[f"prompt_{kind}"].score < found[kind].score < 1
+    assert found["prompt_strict"].score == pytest.approx(fmean(judge_row(row)["strict"] for row in answered))
+    known = [row for row in answered if row["answer"] is not None]
+    both = [judge_row(row)["strict"] and judge_row(row)["right"] for row in known]
+    assert found["both"].score == pytest.approx(fmean(both))
+    assert {f"strict.{each.name}" for each in INSTRUCTIONS.values()} <= set(found)
+    assert "prompt_strict" not in compute_metrics(rows(build_questions(ASKED, per_task=12), "it is red"))
+
+
+def test_pairs_are_frozen_and_checked(tmp_path: Path) -> None:
+    path = tmp_path / "frozen.jsonl"
+    made = build_pair_questions(ASKED, per_task=2)
+    write_questions(made, path)
+    assert read_questions(path) == made
+    for change, message in (
+        ({"task": 2}, "task: got 2, allowed: that of punctuation:no_comma"),
+        ({"kwargs": [{}]}, "kwargs: got"),
+        ({"kwargs": {}}, "kwargs: got"),
+        ({"instruction_id_list": ["punctuation:no_comma"] * 2}, "prompt: got"),
+    ):
+        write_questions([replace(made[0], reference={**made[0].reference, **change})], path)
+        with pytest.raises(ValueError, match=re.escape(message)):
+            read_questions(path)
+    # the prompt fits its reference, but there is no such pair
+    twice = render_instruction("punctuation:no_comma", {})
+    reference = {**made[0].reference, "instruction_id_list": ["punctuation:no_comma"] * 2}
+    other = replace(made[0], prompt=f"{reference['question']} {twice} {twice}", reference=reference)
+    write_questions([other], path)
+    with pytest.raises(
+        ValueError, match=re.escape("instruction_id_list: got punctuation:no_comma + punctuation:no_comma")
+    ):
+        read_questions(path)
 
 
 # --- held-out constraints, and no image ------------------------------------------------------------------------------

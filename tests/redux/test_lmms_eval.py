@@ -13,7 +13,14 @@ from PIL import Image
 from transformers import PreTrainedTokenizerFast
 
 from redux.answering import load
-from redux.benchmarks.instructions import ImageQuestion, build_questions, read_questions, write_questions
+from redux.benchmarks.instructions import (
+    ImageQuestion,
+    build_pair_questions,
+    build_questions,
+    compute_metrics,
+    read_questions,
+    write_questions,
+)
 from redux.held_out_instructions import HELD_OUT_INSTRUCTIONS
 from redux.instructions import INSTRUCTIONS, follows_loosely, follows_strictly
 from redux.lmms_eval import TASKS_FOLDER
@@ -40,6 +47,10 @@ def plain(path: Path) -> dict[str, Any]:
 def test_each_instruction_is_a_task_and_two_groups_have_them_all() -> None:
     files = {path.stem: plain(path) for path in TASKS_FOLDER.glob("*.yaml")}
     group, held_out = files.pop("instructions"), files.pop("instructions_held_out")
+    pairs = files.pop("instruction_pairs")
+    assert (pairs["include"], pairs["task"], pairs["dataset_name"]) == (
+        "_instruction", "redux_instruction_pairs", "pairs",
+    )  # fmt: skip
     assert {each["dataset_name"]: each["task"] for each in files.values()} == NAMES | HELD_OUT_NAMES
     assert all(each["include"] == "_instruction" and f"redux_{stem}" == each["task"] for stem, each in files.items())
     assert group["task"] == list(NAMES.values())
@@ -72,7 +83,8 @@ def place(
         ImageQuestion(id="1", image="1.png", question="What colour is the shape?"),
         ImageQuestion(id="2", image=encoded, question="Is it a blue square?"),
     ]
-    write_questions(build_questions(asked, per_task=3), folder / "instructions.jsonl")
+    questions = [*build_questions(asked, per_task=3), *build_pair_questions(asked, per_task=3)]
+    write_questions(questions, folder / "instructions.jsonl")
     return folder
 
 
@@ -87,7 +99,7 @@ def test_lmms_eval_runs_the_tasks_and_scores_them_as_we_do(
     told = simple_evaluate(
         model="redux",
         model_args="pretrained=model,template=vicuna_bare",
-        tasks=["redux_instructions"],
+        tasks=["redux_instructions", "redux_instruction_pairs"],
         task_manager=TaskManager(include_path=str(TASKS_FOLDER), include_defaults=False),
         gen_kwargs="max_new_tokens=6",
         batch_size="4",
@@ -98,14 +110,14 @@ def test_lmms_eval_runs_the_tasks_and_scores_them_as_we_do(
     )
     frozen = {question.id: question for question in read_questions("instructions.jsonl")}
     answerer, means = load("model", template="vicuna_bare", device="cpu"), []
-    assert set(told["samples"]) == set(NAMES.values())
+    assert set(told["samples"]) == {*NAMES.values(), "redux_instruction_pairs"}
     for id, name in NAMES.items():
         samples = told["samples"][name]
         assert [sample["doc"]["id"] for sample in samples] == [f"T{INSTRUCTIONS[id].task:02}/{n}" for n in (0, 1)]
         responses = []
         for sample in samples:
             question = frozen[sample["doc"]["id"]]
-            assert question.reference["kwargs"] == json.loads(sample["doc"]["kwargs"])
+            assert [[id, question.reference["kwargs"]]] == json.loads(sample["doc"]["instructions"])
             image = (place / "images" / str(question.image)).read_bytes()
             responses.append((id, question.reference["kwargs"], sample["filtered_resps"][0]))
             assert answerer([question.prompt], [image], 6).texts == [sample["filtered_resps"][0]]
@@ -113,6 +125,13 @@ def test_lmms_eval_runs_the_tasks_and_scores_them_as_we_do(
             assert told["results"][name][f"{metric},none"] == sum(check(*each) for each in responses) / 2
         means.append(told["results"][name]["strict,none"])
     assert told["results"]["redux_instructions"]["strict,none"] == pytest.approx(sum(means) / 16)
+    answered = [
+        {"unit": "", "response": sample["filtered_resps"][0], **frozen[sample["doc"]["id"]].reference}
+        for sample in told["samples"]["redux_instruction_pairs"]
+    ]
+    found = compute_metrics(answered)
+    for metric in ("strict", "loose", "prompt_strict", "prompt_loose"):
+        assert told["results"]["redux_instruction_pairs"][f"{metric},none"] == pytest.approx(found[metric].score)
 
 
 def requests(tokens: Sequence[int], context: str = "Is it a red circle?", **settings: Any) -> list[Any]:

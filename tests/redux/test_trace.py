@@ -134,6 +134,10 @@ def test_attention_of_an_answer_is_that_of_transformers(
     np.testing.assert_allclose(mass.text, rows[:, is_text].sum(dim=1), rtol=1e-5)
     per_token = rows[:, is_text].mean() / rows[:, is_image].mean()
     assert mass.dominance == pytest.approx(float(per_token), rel=1e-5)
+    # the first two layers alone
+    rows = rows[:2]
+    per_token = rows[:, is_text].mean() / rows[:, is_image].mean()
+    assert mass.dominance_by_group["early"] == pytest.approx(float(per_token), rel=1e-5)
 
 
 @pytest.mark.parametrize("heads", ["mean", "each"])
