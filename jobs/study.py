@@ -284,8 +284,8 @@ def check_templates(shared: Sequence[str], stages: Mapping[str, Stage], source: 
     chat = [name for name, stage in stages.items() if name not in shared and stage.template == "chat"]
     if chat and shared and stages[shared[-1]].template == "plain":
         raise ValueError(
-            f"{source}: job.train.{shared[-1]}.template: got plain before {chat[0]} with chat, allowed: chat, because a "
-            "model that was last trained with captions alone has no chat template"
+            f"{source}: job.train.{shared[-1]}.template: got plain before {chat[0]} with chat, allowed: chat, because "
+            "a model that was last trained with captions alone has no chat template"
         )
 
 
