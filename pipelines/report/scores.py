@@ -332,7 +332,7 @@ def _find_kind(row: Mapping[str, Any]) -> str:
     if has_instructions(row):
         ids = row[ID_LIST] if ID_LIST in row else [row["instruction_id"]]
         names = (ALL_INSTRUCTIONS[id].name if id in ALL_INSTRUCTIONS else str(id) for id in ids)
-        return shorten(" + ".join(names), ANSWER_LABEL_LENGTH)
+        return shorten_label(" + ".join(names), ANSWER_LABEL_LENGTH)
     # benchmarks name the type of a question differently
     kind = next((str(row[key]) for key in TYPE_KEYS if row.get(key)), "")
     return "" if kind == UNTYPED else shorten_label(kind, ANSWER_LABEL_LENGTH)
