@@ -17,7 +17,9 @@ with the most tokens. Both packages are optional, and only their packers are imp
     lmms-engine-*       its online packers with their defaults
 
 The speed is that of forward and backward passes of a LLaVA whose lengths are a ninth of these. One thread computes, and
-times are CPU times, which a busy machine changes little. Packed and other steps take turns. The script prints the
+times are CPU times, which a busy machine changes little. Packed and other steps take turns. The micro-batches of other
+packers are trained by the same model: their speed is that of the CPU, and that of RANKS ranks that wait for the slowest
+one of each step. The script prints the
 result and appends it to packing.jsonl.
 """
 
@@ -54,9 +56,6 @@ SPEED_VOCABULARY, SPEED_IMAGE_ID = 1000, 999
 """Words of the small model, and the token that stands for an image."""
 
 RANKS = 8
-PEER_LAYOUTS = ((16, 4096, 3), (8, 8192, 1))
-"""Micro-batch size and packing.max_length, and the packs of max_length in a micro-batch with about as many tokens."""
-
 SWIFT_SAMPLES = 1000
 """Samples that ms-swift 4.6 packs together (`PackingDataset.PACKING_BATCH_SIZE`)."""
 
@@ -65,6 +64,23 @@ LMMS_STRATEGIES = ("first_fit", "best_fit", "balanced")
 Batches = list[dict[str, Any]]
 Packer = Callable[[list[int], int], Iterator[list[int]]]
 """Function from lengths and max_length to packs: lists of lengths."""
+
+
+class PeerLayout(NamedTuple):
+    """Layout of micro-batches that have about as many tokens with each packer.
+
+    Args:
+        micro_batch_size: samples of a micro-batch of Redux.
+        max_length: maximum tokens of a row.
+        rows: packs in a micro-batch of the other packers.
+    """
+
+    micro_batch_size: int
+    max_length: int
+    rows: int
+
+
+PEER_LAYOUTS = (PeerLayout(16, 4096, 3), PeerLayout(8, 8192, 1))
 
 
 class MixturePart(NamedTuple):
@@ -113,9 +129,10 @@ class DrawnLengths(NamedTuple):
 
 def main(argv: Sequence[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--parts", default="padding,peers,speed", help="default: %(default)s")
+    parser.add_argument("--parts", default="padding,peers,speed,peers-speed", help="default: %(default)s")
     parser.add_argument("--batches", type=int, default=400, help="global batches of the simulation, %(default)s")
     parser.add_argument("--steps", type=int, default=6, help="measured steps of each kind, default: %(default)s")
+    parser.add_argument("--peer-steps", type=int, default=6, help="global batches of each packer, default: %(default)s")
     add_out_option(parser, __file__)
     arguments = parser.parse_args(argv)
     parts = arguments.parts.split(",")
@@ -127,6 +144,8 @@ def main(argv: Sequence[str] | None = None) -> None:
         measured["peers"] = compare_packers(samples)
     if "speed" in parts:
         measured["tokens_per_cpu_second"] = compare_speeds(arguments.steps)
+    if "peers-speed" in parts:
+        measured["peers_speed"] = compare_packer_speeds(arguments.peer_steps * GLOBAL_BATCH)
     append_record(arguments.out, global_batch_size=GLOBAL_BATCH, **measured)
 
 
@@ -215,43 +234,46 @@ def compare_packers(samples: int, image_tokens: int = 576) -> list[dict[str, Any
     tokens = np.minimum(lengths.text + image_tokens * lengths.has_image, MAX_TOKENS)
     estimated = np.minimum(lengths.estimated + image_tokens * lengths.has_image, MAX_TOKENS)
     results = []
-    for micro_batch_size, max_length, rows in PEER_LAYOUTS:
-        layout = {"micro_batch_size": micro_batch_size, "max_length": max_length, "rows": rows}
-        measured = {
-            "redux": measure_micro_batches(pack_global_batches(tokens, estimated, micro_batch_size, max_length))
-        }
-        for name, packer in load_packers().items():
-            started = time.process_time()
-            packs = list(packer(tokens.tolist(), max_length))
-            seconds = time.process_time() - started
-            if sum(map(sum, packs)) != tokens.sum() or any(sum(pack) > max_length for pack in packs):
-                raise RuntimeError(
-                    f"{name}: got packs with other tokens, allowed: each sample once, within {max_length}"
-                )
-            np.random.default_rng(2).shuffle(packs)
-            micro_batches = [packs[start : start + rows] for start in range(0, len(packs) - rows + 1, rows)]
-            measured[name] = measure_micro_batches(micro_batches)
-            measured[name]["microseconds_per_sample"] = round(1e6 * seconds / samples, 1)
-        for name, shares in measured.items():
+    for layout in PEER_LAYOUTS:
+        measured = {}
+        for name, micro_batches in iterate_packers(tokens, estimated, layout):
+            measured[name] = shares = measure_micro_batches(micro_batches)
             print(
-                f"{name:22} rows of {max_length}: padding {shares['padding']:6.2%}, waiting {shares['waiting']:6.2%}",
+                f"{name:22} rows of {layout.max_length}: padding {shares['padding']:6.2%}, "
+                f"waiting {shares['waiting']:6.2%}",
                 flush=True,
             )
-        results.append({**layout, "packers": measured})
+        results.append({**layout._asdict(), "packers": measured})
     return results
 
 
-def pack_global_batches(
-    tokens: np.ndarray, estimated: np.ndarray, micro_batch_size: int, max_length: int
-) -> list[list[list[int]]]:
+def iterate_packers(
+    tokens: np.ndarray, estimated: np.ndarray, layout: PeerLayout
+) -> Iterator[tuple[str, list[list[list[int]]]]]:
+    """Yield the name of each packer and its micro-batches: lists of rows, which are lists of lengths."""
+    yield "redux", pack_global_batches(tokens, estimated, layout)
+    for name, packer in load_packers().items():
+        packs = list(packer(tokens.tolist(), layout.max_length))
+        if sum(map(sum, packs)) != tokens.sum() or any(sum(pack) > layout.max_length for pack in packs):
+            raise RuntimeError(
+                f"{name}: got packs with other tokens, allowed: each sample once, within {layout.max_length}"
+            )
+        np.random.default_rng(2).shuffle(packs)
+        yield (
+            name,
+            [packs[start : start + layout.rows] for start in range(0, len(packs) - layout.rows + 1, layout.rows)],
+        )
+
+
+def pack_global_batches(tokens: np.ndarray, estimated: np.ndarray, layout: PeerLayout) -> list[list[list[int]]]:
     """Pack global batches as Redux does. Returns micro-batches, lists of rows, which are lists of lengths."""
     micro_batches = []
     for start in range(0, len(tokens), GLOBAL_BATCH):
         batch = tokens[start : start + GLOBAL_BATCH]
-        parts = divide_evenly(estimated[start : start + GLOBAL_BATCH].tolist(), GLOBAL_BATCH // micro_batch_size)
+        parts = divide_evenly(estimated[start : start + GLOBAL_BATCH].tolist(), GLOBAL_BATCH // layout.micro_batch_size)
         for part in parts:
             lengths = batch[part].tolist()
-            micro_batches.append([[lengths[index] for index in row] for row in lay_rows(lengths, max_length)])
+            micro_batches.append([[lengths[index] for index in row] for row in lay_rows(lengths, layout.max_length)])
     return micro_batches
 
 
@@ -326,15 +348,10 @@ def measure_speed(steps: int, has_cmai: bool, micro_batch_size: int = 8, batch_s
     torch.set_num_threads(1)
     module = build_speed_model(has_cmai)
     image_tokens = module.llava.config.image_seq_length
-    lengths = draw_lengths(steps * batch_size, seed=1)
-    rng = np.random.default_rng(1)
+    all_conversations = make_conversations(steps * batch_size, image_tokens)
     found: dict[str, list[float]] = {"packed": [], "unpacked": []}
     for step in range(steps):
-        batch = slice(step * batch_size, (step + 1) * batch_size)
-        conversations = [
-            make_conversation(int(text), image_tokens if has_image else 0, rng)
-            for text, has_image in zip(lengths.text[batch] // SPEED_SCALE, lengths.has_image[batch], strict=True)
-        ]
+        conversations = all_conversations[step * batch_size : (step + 1) * batch_size]
         total = sum(len(conversation["input_ids"]) for conversation in conversations)
         kinds = {"packed": pack(conversations, micro_batch_size), "unpacked": cut(conversations, micro_batch_size)}
         for kind, batches in kinds.items():
@@ -343,6 +360,73 @@ def measure_speed(steps: int, has_cmai: bool, micro_batch_size: int = 8, batch_s
             found[kind].append(total / (time.process_time() - started))
     speed = {kind: statistics.median(values) for kind, values in found.items()}
     return {**speed, "ratio": speed["packed"] / speed["unpacked"]}
+
+
+def compare_packer_speeds(samples: int) -> list[dict[str, Any]]:
+    """Compare the tokens per second that a LLaVA without CMAI trains from the micro-batches of each packer.
+
+    Returns:
+        For each layout and packer: cpu_tokens_per_second, tokens per second of CPU; rank_tokens_per_second, the same
+        with the time in which RANKS ranks wait for the slowest one of a step.
+    """
+    import torch
+
+    torch.set_num_threads(1)
+    module = build_speed_model(has_cmai=False)
+    image_tokens = module.llava.config.image_seq_length
+    conversations = make_conversations(samples, image_tokens)
+    tokens = np.array([len(conversation["input_ids"]) for conversation in conversations])
+    error = np.random.default_rng(3).normal(0, ESTIMATE_ERROR, samples)
+    estimated = np.rint(tokens * np.exp(error)).astype(int)
+    results = []
+    for layout in PEER_LAYOUTS:
+        layout = layout._replace(max_length=layout.max_length // SPEED_SCALE)
+        measured = {}
+        for name, micro_batches in iterate_packers(tokens, estimated, layout):
+            measured[name] = speeds = measure_packer_speed(module, conversations, micro_batches)
+            print(
+                f"{name:22} rows of {layout.max_length}: {speeds['cpu_tokens_per_second']:6.0f} tokens/s of CPU, "
+                f"{speeds['rank_tokens_per_second']:6.0f} per rank with waiting",
+                flush=True,
+            )
+        results.append({**layout._asdict(), "packers": measured})
+    return results
+
+
+def measure_packer_speed(
+    module: "LlavaWithLoss", conversations: list[dict[str, np.ndarray]], micro_batches: list[list[list[int]]]
+) -> dict[str, float]:
+    """Measure the speed of the micro-batches of a packer, in whole steps of RANKS ranks."""
+    by_length: dict[int, list[dict[str, np.ndarray]]] = {}
+    for conversation in conversations:
+        by_length.setdefault(len(conversation["input_ids"]), []).append(conversation)
+    steps = len(micro_batches) // RANKS
+    seconds, tokens = [], 0
+    for rows in micro_batches[: steps * RANKS]:
+        # packers see lengths alone, so any conversation of a length will do
+        members = [by_length[length].pop() for row in rows for length in row]
+        ends = np.cumsum([len(row) for row in rows]).tolist()
+        indices = [list(range(end - len(row), end)) for row, end in zip(rows, ends, strict=True)]
+        batch = make_batch(join_rows(members, indices))
+        started = time.process_time()
+        train_step(module, [batch])
+        seconds.append(time.process_time() - started)
+        tokens += sum(map(sum, rows))
+    slowest = np.reshape(seconds, (steps, RANKS)).max(axis=1)
+    return {
+        "cpu_tokens_per_second": tokens / sum(seconds),
+        "rank_tokens_per_second": tokens / (RANKS * float(slowest.sum())),
+    }
+
+
+def make_conversations(samples: int, image_tokens: int, seed: int = 1) -> list[dict[str, np.ndarray]]:
+    """Make conversations of the lengths of the mixture, divided by SPEED_SCALE."""
+    lengths = draw_lengths(samples, seed)
+    rng = np.random.default_rng(seed)
+    return [
+        make_conversation(int(text), image_tokens if has_image else 0, rng)
+        for text, has_image in zip(lengths.text // SPEED_SCALE, lengths.has_image, strict=True)
+    ]
 
 
 def build_speed_model(has_cmai: bool) -> "LlavaWithLoss":

@@ -36,10 +36,10 @@ class DigestSet:
 
     def add(self, digest: bytes) -> bool:
         """Add a digest. Returns False if it is there already."""
-        at = self._find(digest)
-        if self._table[at : at + DIGEST_BYTES] != _FREE:
+        offset = self._find(digest)
+        if self._table[offset : offset + DIGEST_BYTES] != _FREE:
             return False
-        self._table[at : at + DIGEST_BYTES] = digest
+        self._table[offset : offset + DIGEST_BYTES] = digest
         self._length += 1
         if self._length > MAX_LOAD * self._num_slots:
             self._grow()
@@ -49,9 +49,9 @@ class DigestSet:
         """Return the byte offset of a digest, or of the free slot where it belongs."""
         table, mask = self._table, self._num_slots - 1
         slot = int.from_bytes(digest[:8], "little") & mask
-        while table[(at := slot * DIGEST_BYTES) : at + DIGEST_BYTES] not in (_FREE, digest):
+        while table[(offset := slot * DIGEST_BYTES) : offset + DIGEST_BYTES] not in (_FREE, digest):
             slot = (slot + 1) & mask
-        return at
+        return offset
 
     def _open(self, num_slots: int) -> None:
         """Make an empty table."""
@@ -70,6 +70,6 @@ class DigestSet:
         for start in range(0, len(former), DIGEST_BYTES):
             digest = former[start : start + DIGEST_BYTES]
             if digest != _FREE:
-                at = self._find(digest)
-                self._table[at : at + DIGEST_BYTES] = digest
+                offset = self._find(digest)
+                self._table[offset : offset + DIGEST_BYTES] = digest
         former.close()

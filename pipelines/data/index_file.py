@@ -182,9 +182,9 @@ def write_blocks(file: Any, table: pa.Table, fingerprint: str = "") -> None:
         "fingerprint": fingerprint,
     }
     metadata = {name: json.dumps(value) for name, value in about.items()}
-    at = table.schema.get_field_index("shard")
-    schema = table.schema.set(at, pa.field("shard", pa.int32())).with_metadata(metadata)
-    columns = [*rows.columns[:at], shard.indices, *rows.columns[at + 1 :]]
+    column = table.schema.get_field_index("shard")
+    schema = table.schema.set(column, pa.field("shard", pa.int32())).with_metadata(metadata)
+    columns = [*rows.columns[:column], shard.indices, *rows.columns[column + 1 :]]
     stored = pa.RecordBatch.from_arrays(columns, schema=schema)
     # one block at a time: a list of all would grow with the set
     blocks = (stored.slice(first, ROWS_PER_BLOCK) for first in range(0, stored.num_rows, ROWS_PER_BLOCK))
@@ -452,10 +452,10 @@ def _parse_positions(footer: bytes) -> np.ndarray:
         ValueError: the footer is damaged.
     """
 
-    def read(at: int, size: int = 4) -> int:
-        if not 0 <= at <= len(footer) - size:
+    def read(offset: int, size: int = 4) -> int:
+        if not 0 <= offset <= len(footer) - size:
             raise ValueError("a damaged footer")
-        return int.from_bytes(footer[at : at + size], "little", signed=size == 4)
+        return int.from_bytes(footer[offset : offset + size], "little", signed=size == 4)
 
     table = read(0)
     fields = table - read(table)

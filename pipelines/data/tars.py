@@ -70,15 +70,19 @@ BytesLike = bytes | mmap.mmap
 
 @dataclass(frozen=True)
 class TarMember:
-    """File in a tar: its suffix in lower case, and the byte offsets of header (start), content (at) and end."""
+    """File in a tar: its suffix in lower case, and the byte offsets of header, content and end."""
 
     name: str
     suffix: str
     start: int
-    at: int
+    content_start: int
     size: int
     end: int
     sparse: bool
+
+    @property
+    def content(self) -> slice:
+        return slice(self.content_start, self.content_start + self.size)
 
 
 @dataclass
@@ -187,9 +191,9 @@ def make_index_rows(tar: Tar, data: BytesLike, name: str) -> list[dict[str, Any]
             "offset": sample.offset,
             "length": sample.length,
             "sha256": _sha256(data, sample.offset, sample.length),
-            "record_at": sample.record.at - sample.offset if sample.record else 0,
+            "record_at": sample.record.content_start - sample.offset if sample.record else 0,
             "record_size": sample.record.size if sample.record else 0,
-            "image_at": sample.image.at - sample.offset if sample.image else 0,
+            "image_at": sample.image.content_start - sample.offset if sample.image else 0,
             "image_size": sample.image.size if sample.image else 0,
             "words": sample.words,
         }
@@ -386,7 +390,7 @@ def find_last_suffix(member: TarMember) -> str:
 def parse_member(data: BytesLike, member: TarMember) -> Any:
     """Parse a member as JSON; None if it is none."""
     try:
-        return json.loads(data[member.at : member.at + member.size])
+        return json.loads(data[member.content])
     except (ValueError, RecursionError):
         return None
 
@@ -413,7 +417,7 @@ def _is_image(member: TarMember, data: BytesLike) -> bool:
     if member.sparse or find_last_suffix(member) in TEXT_SUFFIXES:
         return False
     try:
-        with Image.open(io.BytesIO(data[member.at : member.at + member.size]), formats=RECOGNIZED_FORMATS):
+        with Image.open(io.BytesIO(data[member.content]), formats=RECOGNIZED_FORMATS):
             return True
     except Exception:  # each of Pillow's formats raises other errors
         return False

@@ -204,7 +204,7 @@ def _arrange_kernel(
     same = key_of_other[None, :] == key_of_patch[:, None]
     lower = key_of_other[None, :] < key_of_patch[:, None]
     earlier = same & (other[None, :] < patch[:, None])
-    place = tl.sum((lower | earlier).to(tl.int32), axis=1)
+    position = tl.sum((lower | earlier).to(tl.int32), axis=1)
     number = key_of_patch
     if SPATIAL:
         # the key of an output token is its first patch; count the first patches before it
@@ -212,8 +212,8 @@ def _arrange_kernel(
     in_cluster = inside & (rank_of_patch >= kept)
     is_first = inside & (rank_of_patch >= 0) & (tl.sum(earlier.to(tl.int32), axis=1) == 0)
     tl.store(token_of_patch + row + patch, tl.where(rank_of_patch >= 0, number, -1).to(tl.int64), mask=inside)
-    tl.store(members + row + place, patch, mask=inside)
-    tl.store(begin + image * out + number, place, mask=is_first)
+    tl.store(members + row + position, patch, mask=inside)
+    tl.store(begin + image * out + number, position, mask=is_first)
     tl.store(length + image * out + number, tl.sum(same.to(tl.int32), axis=1), mask=is_first)
     tl.store(cluster + image * out + number, in_cluster, mask=is_first)
     divisor = tl.full((BLOCK,), 1.0, tl.float32)
@@ -245,18 +245,18 @@ def _merge_kernel(
     number = tl.program_id(1)
     column = tl.program_id(2) * BLOCK + tl.arange(0, BLOCK)
     inside = column < dim
-    place = tl.load(begin + image * out + number)
-    end = place + tl.load(length + image * out + number)
+    position = tl.load(begin + image * out + number)
+    end = position + tl.load(length + image * out + number)
     total = tl.zeros((BLOCK,), tl.float32)
     # one program adds all members in their order: atomic additions would round differently in each run
-    while place < end:
-        step = place + tl.arange(0, ROWS)
+    while position < end:
+        step = position + tl.arange(0, ROWS)
         patch = tl.load(members + image * patches + step, mask=step < end, other=0)
         factor = tl.load(weight + image * patches + patch, mask=step < end, other=0.0)
         here = tokens + image * stride_batch + patch.to(tl.int64)[:, None] * stride_token + column[None, :]
         value = tl.load(here, mask=(step < end)[:, None] & inside[None, :], other=0.0).to(tl.float32)
         total += tl.sum(value * factor[:, None], axis=0)
-        place += ROWS
+        position += ROWS
     tl.store(merged + (image * out + number) * dim + column, total.to(merged.dtype.element_ty), mask=inside)
 
 
@@ -316,21 +316,21 @@ def _divisor_gradient_kernel(members, begin, length, weight, scale, of_score, pa
     # a kept token has no divisor, and one as small as `tiny` is a constant
     if (divisor > 0) & (divisor < 1 / _TINY):
         shared = tl.zeros((BLOCK,), tl.float32)
-        place = first
-        while place < end:
-            step = place + tl.arange(0, BLOCK)
+        position = first
+        while position < end:
+            step = position + tl.arange(0, BLOCK)
             patch = image * patches + tl.load(members + image * patches + step, mask=step < end, other=0)
             factor = tl.load(weight + patch, mask=step < end, other=0.0)
             shared += factor * tl.load(of_score + patch, mask=step < end, other=0.0)
-            place += BLOCK
+            position += BLOCK
         total = tl.sum(shared, axis=0)
-        place = first
-        while place < end:
-            step = place + tl.arange(0, BLOCK)
+        position = first
+        while position < end:
+            step = position + tl.arange(0, BLOCK)
             patch = image * patches + tl.load(members + image * patches + step, mask=step < end, other=0)
             value = tl.load(of_score + patch, mask=step < end, other=0.0)
             tl.store(of_score + patch, value - total, mask=step < end)
-            place += BLOCK
+            position += BLOCK
 
 
 @triton.jit(do_not_specialize=["patches", "tokens", "out"])

@@ -264,8 +264,8 @@ def _attend_kept(
         summed += tl.sum(weight[:, None] * tile.to(tl.float32), axis=0)
         total += tl.sum(weight, axis=0)
     summed = tl.where(total > 0.0, summed / total, 0.0)
-    place = output + (batch * HEADS + head) * HEAD_DIM + dims
-    tl.store(place, summed.to(output.dtype.element_ty), mask=dims < HEAD_DIM)
+    address = output + (batch * HEADS + head) * HEAD_DIM + dims
+    tl.store(address, summed.to(output.dtype.element_ty), mask=dims < HEAD_DIM)
 
 
 @triton.jit

@@ -40,10 +40,10 @@ def read_image_folder(
     Raises:
         ValueError: a link leads to a folder above it.
     """
-    place = storage.make_absolute(storage.join(folder, below))
-    if place in parents:
+    resolved = storage.make_absolute(storage.join(folder, below))
+    if resolved in parents:
         raise ValueError(
-            f"{storage.join(folder, below)}: a link to {place}, a folder above it, allowed: links to other "
+            f"{storage.join(folder, below)}: a link to {resolved}, a folder above it, allowed: links to other "
             "folders; remove the link"
         )
     names = storage.list_files(storage.join(folder, below))
@@ -63,7 +63,7 @@ def read_image_folder(
             yield path, {**row, "id": posixpath.join(below, stem), "image": path}, rejection
     # folder after folder, so that the order is that of the paths
     for name in storage.list_folders(storage.join(folder, below)):
-        yield from read_image_folder(folder, columns, posixpath.join(below, name), parents | {place})
+        yield from read_image_folder(folder, columns, posixpath.join(below, name), parents | {resolved})
 
 
 def split_suffix(name: str) -> tuple[str, str]:

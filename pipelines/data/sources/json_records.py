@@ -67,17 +67,17 @@ class _TextReader:
     def __init__(self, chunks: Iterable[bytes], name: str) -> None:
         self._chunks, self._name = iter(chunks), name
         self._decoder: codecs.IncrementalDecoder | None = None
-        self.text, self.at, self.is_complete = "", 0, False
+        self.text, self.position, self.is_complete = "", 0, False
         self.consumed = 0  # characters before `text`
 
     def fill(self) -> bool:
         """Decode another chunk, as long as the text that is not consumed yet. False if there is none."""
-        pending = max(len(self.text) - self.at, 1)
+        pending = max(len(self.text) - self.position, 1)
         if pending > MAX_JSON_RECORD_CHARACTERS:
             raise self.describe_damage(f"a record longer than {MAX_JSON_RECORD_CHARACTERS} characters")
-        self.consumed += self.at
-        parts = [self.text[self.at :]]
-        self.at = added = 0
+        self.consumed += self.position
+        parts = [self.text[self.position :]]
+        self.position = added = 0
         # at least as much as is there: each retry of a long record then costs no more than all before
         while added < pending and not self.is_complete:
             chunk = next(self._chunks, None)
@@ -104,9 +104,9 @@ class _TextReader:
     def peek(self) -> str:
         """Skip blanks, and return the next character; "" at the end."""
         while True:
-            self.at = _BLANK.match(self.text, self.at).end()  # type: ignore[union-attr]
-            if self.at < len(self.text):
-                return self.text[self.at]
+            self.position = _BLANK.match(self.text, self.position).end()  # type: ignore[union-attr]
+            if self.position < len(self.text):
+                return self.text[self.position]
             if not self.fill():
                 return ""
 
@@ -114,7 +114,7 @@ class _TextReader:
         """Parse the value that begins here, or return its text if Python cannot parse it."""
         while True:
             try:
-                value, end = _DECODER.raw_decode(self.text, self.at)
+                value, end = _DECODER.raw_decode(self.text, self.position)
             except json.JSONDecodeError as error:
                 may_be_cut = error.msg.startswith("Unterminated") or error.pos >= len(self.text) - CUT_MARGIN
                 if may_be_cut and self.fill():
@@ -124,47 +124,47 @@ class _TextReader:
                 return self._take_text()
             # a number may go on in the next chunk
             if end < len(self.text) or not self.fill():
-                self.at = min(end, len(self.text))
+                self.position = min(end, len(self.text))
                 return value
 
     def _take_text(self) -> str:
         """Return the text of the value that begins here, up to the next comma or bracket outside of it."""
         while True:
             depth = 0
-            for token in _TOKEN.finditer(self.text, self.at):
+            for token in _TOKEN.finditer(self.text, self.position):
                 mark = token.group()
                 if depth == 0 and mark in ",]}":
-                    text, self.at = self.text[self.at : token.start()].strip(), token.start()
+                    text, self.position = self.text[self.position : token.start()].strip(), token.start()
                     return text
                 depth += (mark in "[{") - (mark in "]}")
             if not self.fill():
-                text, self.at = self.text[self.at :].strip(), len(self.text)
+                text, self.position = self.text[self.position :].strip(), len(self.text)
                 return text
 
     def take_line(self) -> str | None:
         """Return the next line without its end; None at the end of the text."""
-        searched = self.at
+        searched = self.position
         while (end := self.text.find("\n", searched)) < 0:
-            pending = len(self.text) - self.at
+            pending = len(self.text) - self.position
             if not self.fill():
-                line, self.at = self.text[self.at :], len(self.text)
+                line, self.position = self.text[self.position :], len(self.text)
                 return line or None
-            searched = self.at + pending
-        line, self.at = self.text[self.at : end], end + 1
+            searched = self.position + pending
+        line, self.position = self.text[self.position : end], end + 1
         return line
 
     def untake_line(self, line: str) -> None:
         """Take back the line that `take_line` has just returned."""
-        self.at -= len(line) + self.text.endswith("\n", 0, self.at)
+        self.position -= len(line) + self.text.endswith("\n", 0, self.position)
 
     def describe_damage(self, problem: str, at: int | None = None) -> ValueError:
         """Return the error of a damaged file."""
-        character = self.consumed + (self.at if at is None else at)
+        character = self.consumed + (self.position if at is None else at)
         return ValueError(f"{self._name}: not JSON: {problem}: character {character}, {ALLOWED_JSON}")
 
 
 def _iterate_list(text: _TextReader, name: str) -> Iterator[tuple[str, Any]]:
-    text.at += 1
+    text.position += 1
     # item by item, so that a damaged or deep one does not end the others
     number = 0
     while (mark := text.peek()) != "]" or number:
@@ -177,8 +177,8 @@ def _iterate_list(text: _TextReader, name: str) -> Iterator[tuple[str, Any]]:
             raise text.describe_damage("Expecting ',' delimiter" if mark else "the list does not end")
         if mark == "]":
             break
-        text.at += 1
-    text.at += 1
+        text.position += 1
+    text.position += 1
     if not number:
         raise ValueError(f"{name}: no records, {ALLOWED_JSON}")
     if text.peek():

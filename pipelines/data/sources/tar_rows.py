@@ -155,7 +155,7 @@ def _read_value(member: TarMember, keys: tuple[str | int, ...], data: BytesLike,
 
 
 def _read_bytes(member: TarMember, data: BytesLike) -> bytes:
-    return bytes(data[member.at : member.at + member.size])
+    return bytes(data[member.content])
 
 
 def _read_text(member: TarMember, data: BytesLike) -> str:

@@ -66,11 +66,26 @@ def test_inhibition_in_the_smallest_size(variant: str, capsys: pytest.CaptureFix
 def test_packing_in_the_smallest_size(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     few = partial(packing.measure_speed, micro_batch_size=2, batch_size=8)
     monkeypatch.setattr(packing, "measure_speed", few)
-    packing.main(["--batches", "10", "--steps", "1", "--out", str(tmp_path / "out.jsonl")])
+    parts = ["--parts", "padding,peers,speed"]
+    packing.main([*parts, "--batches", "10", "--steps", "1", "--out", str(tmp_path / "out.jsonl")])
     record = json.loads((tmp_path / "out.jsonl").read_text())
     assert all(layout["packed"] <= 0.03 < layout["unpacked"] for layout in record["padding"])
     assert all(speed["packed"] > 0 for speed in record["tokens_per_cpu_second"].values())
     assert all(layout["packers"]["redux"]["padding"] <= 0.03 for layout in record["peers"])
+
+
+@pytest.mark.integration
+def test_packers_train_the_same_model(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(packing, "GLOBAL_BATCH", 2 * packing.RANKS)
+    monkeypatch.setattr(packing, "PEER_LAYOUTS", (packing.PeerLayout(2, 8192, 1),))
+    # another packer: a row for each sample
+    monkeypatch.setattr(
+        packing, "load_packers", lambda: {"single": lambda lengths, _: ([length] for length in lengths)}
+    )
+    packing.main(["--parts", "peers-speed", "--peer-steps", "1", "--out", str(tmp_path / "out.jsonl")])
+    [layout] = json.loads((tmp_path / "out.jsonl").read_text())["peers_speed"]
+    for speeds in layout["packers"].values():
+        assert 0 < speeds["rank_tokens_per_second"] <= speeds["cpu_tokens_per_second"]
 
 
 def test_padding_and_waiting_are_shares() -> None:
