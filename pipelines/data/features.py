@@ -26,7 +26,7 @@ from pipelines.data.shard_index import Shards
 from redux.settings import ImageAspectRatio, ImageBackend
 
 FORMAT_FILE = "features.json"
-DIGEST_BYTES = 32
+IMAGE_DIGEST_BYTES = 32
 BYTES_PER_VALUE = {"fp32": 4, "bf16": 2}
 
 
@@ -61,7 +61,7 @@ class FeatureFormat:
     @property
     def record_bytes(self) -> int:
         """Bytes of a record."""
-        return DIGEST_BYTES + self.tokens * self.row_bytes
+        return IMAGE_DIGEST_BYTES + self.tokens * self.row_bytes
 
 
 class StoredFeatures:
@@ -113,7 +113,7 @@ class StoredFeatures:
         result = []
         rows = self.shards.read_rows(numbers)
         for row, data, (url, *_) in zip(rows, storage.read_ranges(ranges), ranges, strict=True):
-            digest, features = data[:DIGEST_BYTES], data[DIGEST_BYTES:]
+            digest, features = data[:IMAGE_DIGEST_BYTES], data[IMAGE_DIGEST_BYTES:]
             if not any(digest):
                 raise ValueError(f"{url}: sample {row['key']}: no features, because its image cannot be used")
             # the checksum of the sample is part of it, so a file of another sample is noticed as well

@@ -22,7 +22,7 @@ from tqdm import tqdm
 
 from pipelines.core import cluster, interrupts, storage
 from pipelines.data.features import (
-    DIGEST_BYTES,
+    IMAGE_DIGEST_BYTES,
     FeatureFormat,
     compute_digest,
     name_file,
@@ -194,7 +194,7 @@ class FeatureEncoder:
             rows_of_index = self.shards.read_rows(chunk)
             records += [self._encode(row["sha256"], sample) for row, sample in zip(rows_of_index, samples, strict=True)]
         storage.write(storage.join(self.out, name_file(shard)), b"".join(records))
-        unusable = sum(not any(record[:DIGEST_BYTES]) for record in records)
+        unusable = sum(not any(record[:IMAGE_DIGEST_BYTES]) for record in records)
         return {"shard": [shard], "images": [len(records)], "unusable": [unusable]}
 
     def _encode(self, sample_digest: bytes, sample: StoredSample | str) -> bytes:

@@ -39,11 +39,25 @@ def test_tokens_of_several_tiles_have_the_labels_of_the_plain_version(dtype: tor
 
 
 def test_more_than_one_token_is_moved_by_falling_distance_into_empty_clusters() -> None:
-    """Seeds of clusters 1 to 4 equal that of cluster 0, which wins the ties and leaves them empty."""
-    tokens = noise(1, 12, 8)
-    tokens[:, [0, 2, 4, 7, 9]] = tokens[:, :1].clone()
+    """Seeds of clusters 1 to 4 equal that of cluster 0, which wins the ties and leaves them empty.
+
+    Similarities to the seed are multiples of 1/4, which no order of additions rounds: 1, 1/2, 0, -1/4, -1/2, -3/4, -1.
+    """
+    seed = [1, 1, 1, 1, 0, 0, 0, 0]
+    others = {
+        1: [1, 1, 1, -1, 0, 0, 0, 0],
+        3: [1, 1, -1, -1, 0, 0, 0, 0],
+        5: [0, -1, -1, -1, 1, 0, 0, 0],
+        6: [-1, -1, -1, -1, 0, 0, 0, 0],
+        8: [0, 1, -1, -1, 0, 1, 0, 0],
+        10: [0, 1, 1, 0, 0, 0, 1, 1],
+        11: [-1, -1, -1, 1, 0, 0, 0, 0],
+    }
+    tokens = torch.tensor([[others.get(position, seed) for position in range(12)]], device=DEVICE) / 2
     plain, fused = label_both(tokens, 5, 1, "strided")
     assert torch.equal(fused, plain)
+    # tokens 6, 5, 11 and 8 are the least similar to the seed
+    assert plain[0, [6, 5, 11, 8]].tolist() == [1, 2, 3, 4]
 
 
 @pytest.mark.parametrize("seeds", SEEDS)
