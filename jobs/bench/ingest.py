@@ -541,7 +541,7 @@ def iterate_redux(
     shards = Shards(root / folder)
     tokenizer = root / "tokenizer"
     train_word_tokenizer(["photo"], 32).save_pretrained(tokenizer)
-    encode = make_conversation_encoder(TEMPLATES["v1"], image_tokens=576)
+    encode = make_conversation_encoder(TEMPLATES["vicuna_v1"], image_tokens=576)
     reader = Reader(
         sources={"photos": shards},
         order=Order(samples=(len(shards),), global_batch_size=INGEST_BATCH, seed=0),
