@@ -540,7 +540,7 @@ def iterate_redux(
     """
     shards = Shards(root / folder)
     tokenizer = root / "tokenizer"
-    train_word_tokenizer(["photo"], 32).save_pretrained(tokenizer)
+    train_word_tokenizer(["photo"], 1024).save_pretrained(tokenizer)
     encode = make_conversation_encoder(TEMPLATES["vicuna_v1"], image_tokens=576)
     reader = Reader(
         sources={"photos": shards},

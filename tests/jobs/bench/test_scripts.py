@@ -5,13 +5,15 @@ import json
 import re
 import sys
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from functools import partial
+from itertools import chain
 from pathlib import Path
+from typing import Any
 
 import pytest
 
-from jobs.bench import feeding, inhibition, launches, order, packing, pixels, serve, skew
+from jobs.bench import feeding, ingest, inhibition, launches, order, packing, pixels, serve, skew
 from jobs.bench.simulated_bucket import TiledFile
 from pipelines.serving.settings import ServedModel, ServerSettings
 from tests.pipelines.serving.local_gateway import serve_locally
@@ -45,6 +47,19 @@ def test_pixels_in_the_smallest_size(tmp_path: Path) -> None:
     record = json.loads((tmp_path / "out.jsonl").read_text())
     assert {"pad", "crop"} == record["ms"].keys()
     assert {"exact", "fast", "prepared"} == record["ms"]["pad"].keys()
+
+
+@pytest.mark.integration
+@pytest.mark.parametrize("variant", ["redux-exact", "redux-texts"])
+def test_redux_reads_the_images_of_the_bare_loop(
+    variant: str, ray_cluster: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    pytest.importorskip("simplejpeg")
+    monkeypatch.setattr(ingest, "open_ray_session", nullcontext)
+    monkeypatch.setattr(ingest, "INGEST_PARTS", 2)
+    ingest.make_files(tmp_path, ingest.INGEST_BATCH, squares=False)
+    read, bare = (sorted(chain.from_iterable(ingest.INGEST_VARIANTS[name](tmp_path))) for name in (variant, "bare"))
+    assert read == sorted(ingest.PASSES[variant] * bare)
 
 
 @pytest.mark.integration
