@@ -218,7 +218,8 @@ def label_pieces(
     # learned_before[c]: learned characters before character c; a token has the difference of two of them
     # by character, since tokens do not respect the borders of pieces
     is_learned = np.repeat([is_learned for _, is_learned in pieces], [len(piece) for piece, _ in pieces])
-    learned_before = np.cumsum([0, *is_learned])
+    learned_before = np.zeros(len(text) + 1, np.int64)
+    np.cumsum(is_learned, out=learned_before[1:])
     learned = learned_before[end] - learned_before[start]
     crossing = np.flatnonzero((learned > 0) & (learned < end - start))
     if crossing.size:
@@ -264,18 +265,18 @@ def _tokenize(
     parts = text.split(IMAGE_TOKEN)
     image_id = tokenizer.convert_tokens_to_ids(IMAGE_TOKEN)
     ids: list[int] = []
-    spans: list[tuple[int, int]] = []
+    spans: list[np.ndarray] = []
     first = 0  # first character of the part
     for number, part in enumerate(parts):
         # the begin token belongs to the first part only
         encoded = tokenizer(part, add_special_tokens=add_special_tokens and number == 0, return_offsets_mapping=True)
         ids += encoded["input_ids"]
-        spans += [(first + start, first + end) for start, end in encoded["offset_mapping"]]
+        spans.append(np.asarray(encoded["offset_mapping"], np.int64).reshape(-1, 2) + first)
         first += len(part) + len(IMAGE_TOKEN)
         if number < len(parts) - 1:
             ids.append(image_id)
-            spans.append((first - len(IMAGE_TOKEN), first))
-    start, end = np.asarray(spans, np.int64).reshape(-1, 2).T
+            spans.append(np.array([[first - len(IMAGE_TOKEN), first]]))
+    start, end = np.concatenate(spans).T
     return np.asarray(ids, np.int64), start, end
 
 
