@@ -5,7 +5,9 @@ from pathlib import Path
 from typing import Any
 
 from jobs.cli.arguments import parse_count
+from redux.benchmark_titles import BENCHMARK_TITLES
 
+INSTRUCTIONS_TASK = "instructions"
 OWN_METRICS = ("exact", "contains", "vqa", "anls", "choice")
 
 
@@ -96,7 +98,7 @@ def _add_score(verbs: Any) -> None:
         epilog="example: redux score vqav2 --answers merge.jsonl "
         "--questions v2_OpenEnded_mscoco_val2014_questions.json v2_mscoco_val2014_annotations.json",
     )
-    score.add_argument("task", metavar="TASK", nargs="?", help="vqav2, gqa, textvqa, mme, mmbench or instructions")
+    score.add_argument("task", metavar="TASK", nargs="?", help=f"{', '.join(BENCHMARK_TITLES)} or {INSTRUCTIONS_TASK}")
     score.add_argument(
         "--metric",
         choices=OWN_METRICS,
