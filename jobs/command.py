@@ -129,6 +129,15 @@ class VerbParser(argparse.ArgumentParser):
             self._refuse(unparsed)
         return arguments, []
 
+    def format_help(self) -> str:
+        """Format the help, with the defaults of arguments.
+
+        `parse_known_intermixed_args` of Python 3.11 hides these defaults while it parses options, among them --help.
+        """
+        for action in self._get_positional_actions():
+            action.default = getattr(action, "save_default", action.default)
+        return super().format_help()
+
     def _refuse(self, words: Sequence[str]) -> NoReturn:
         """Refuse words that are not arguments of the verb."""
         options = [word for word in words if word.startswith("-")]

@@ -38,8 +38,8 @@ class Job:
         name: name of the run and of its folder.
         seed: seed of everything that is random.
         num_workers: number of training processes, or a range [fewest, most], or "auto". "auto" is one per GPU in the
-            Ray cluster when a stage begins, or one per CPU without GPUs. It is fewer if they cannot share the global
-            batch evenly. Each process has a GPU if there are GPUs.
+            Ray cluster when a stage begins, or one per CPU without GPUs. If this number does not divide the global
+            batch evenly, fewer are used. Each process has a GPU if there are GPUs.
         gpu_share: share of a GPU for the worker and for each evaluation actor. Less than 1 lets several runs share a
             GPU, and allows only one worker.
         checkpoints: folder or URL for checkpoints that every worker can reach. They are in a subfolder with the name of

@@ -6,10 +6,10 @@ from collections.abc import Sized
 from importlib import import_module
 from pathlib import Path
 
+from jobs.cli.models import INSTRUCTIONS_TASK
+from redux.benchmark_titles import BENCHMARK_TITLES
 from redux.benchmarks import BENCHMARKS, compute_scores, custom, join_answers
 from redux.benchmarks.source import read_text
-
-INSTRUCTIONS_TASK = "instructions"
 
 
 def score(arguments: argparse.Namespace) -> None:
@@ -36,7 +36,7 @@ def score(arguments: argparse.Namespace) -> None:
         return
     benchmark = BENCHMARKS[arguments.task]
     if not arguments.questions:
-        raise ValueError(f"--questions: got none, allowed: the official files of {benchmark.title}")
+        raise ValueError(f"--questions: got none, allowed: the official files of {BENCHMARK_TITLES[arguments.task]}")
     questions = benchmark.read_questions(*arguments.questions)
     if not questions:
         raise ValueError(f"--questions: got no question in {', '.join(arguments.questions)}, allowed: at least one")

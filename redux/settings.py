@@ -135,8 +135,8 @@ class VMTC:
         proportional: in later attention, weight a merged token by its number of patches (ToMe, arXiv 2210.09461, eq. 1,
             adds log size to the scores). false counts each token once.
         sink_norm: patches whose norm exceeds sink_norm × the median norm of the image's patches are attention sinks
-            (arXiv 2309.16588), and their importance counts a millionth: they are kept last and add almost nothing to
-            a cluster. null treats all patches alike.
+            (arXiv 2309.16588), and their importance is multiplied by 1e-6: they are kept last and add almost nothing
+            to a cluster. null treats all patches alike.
         seeds: first centroids of K-means, see `redux.kmeans`.
         iterations: iterations of K-means.
 
@@ -198,7 +198,7 @@ class VMTC:
     def plan_stages(self, patches: int, blocks: int) -> tuple[CompressionStage, ...]:
         """Plan the compressing blocks of a tower.
 
-        576 patches, 23 blocks, 50 % in 3 stages: blocks 5, 11, 17 (from 0) output 457, 363 and 288 tokens.
+        576 patches, 23 blocks, 50 % in 3 compressing blocks: blocks 5, 11, 17 (from 0) output 457, 363 and 288 tokens.
 
         Args:
             patches: patch tokens of an image.
@@ -293,7 +293,8 @@ class CMAI:
             discount^distance, in text tokens.
         heads: "mean" averages A over heads, and one mask serves all heads. "each" has a focus score and a mask for each
             head, by plain code. A list of numbers, layer × heads + head from 0, inhibits these heads alone, each by a
-            mask of its own; `redux.heads` finds those that decide.
+            mask of its own; `redux.heads` selects the heads that matter most for
+            the answers.
         discount: discount of "discounted", 0 < discount <= 1. The paper gives none.
         preamble: false leaves text before the first image out of the softmax of "weights".
         quantile: threshold among the n image tokens of a text token. "lower" is the score at rank floor(gamma (n - 1)),

@@ -12,6 +12,7 @@ import pytest
 
 from jobs import document, reference
 from jobs.command import _build_parser
+from redux.benchmark_titles import BENCHMARK_TITLES
 
 ROOT = Path(__file__).parents[1]
 PAGES = [path for path in sorted(ROOT.rglob("*.md")) if not {"runs", "data"} & set(path.relative_to(ROOT).parts)]
@@ -82,6 +83,13 @@ def find_module(page: Path, path: str) -> Path | None:
 def test_every_python_line_of_a_page_runs(page: Path) -> None:
     for line in re.findall(r"python -c '([^'\n]+)'", page.read_text()):
         exec(line, {})
+
+
+@pytest.mark.parametrize("name", BENCHMARK_TITLES)
+def test_pages_and_the_recipe_name_each_benchmark(name: str) -> None:
+    assert BENCHMARK_TITLES[name] in (ROOT / "README.md").read_text()
+    assert re.search(rf"# .*\b{name}\b|^ +{name}: ", (ROOT / "jobs" / "README.md").read_text(), re.M)
+    assert name in document.read_tree(ROOT / "jobs" / "recipes" / "evaluate.yaml")["evaluate"]["tasks"]
 
 
 @pytest.mark.parametrize("module", MODULES_WITH_EXAMPLES)

@@ -21,13 +21,13 @@ def _add_model_options(parser: argparse.ArgumentParser) -> None:
         "--image-tokens",
         metavar="N|all",
         type=_parse_budget,
-        help="image tokens that VMTC leaves; all turns it off (default: as trained)",
+        help="number of image tokens after VMTC; all turns VMTC off (default: as trained)",
     )
     parser.add_argument(
         "--gamma",
         metavar="G",
         type=parse_fraction,
-        help="largest share of image tokens that CMAI inhibits; 0 turns it off (default: as trained)",
+        help="largest share of image tokens that CMAI inhibits; 0 turns CMAI off (default: as trained)",
     )
     parser.add_argument("--device", metavar="DEVICE", help="such as cpu or cuda:1 (default: a GPU if there is one)")
 
@@ -49,14 +49,14 @@ def _add_sampling_options(parser: argparse.ArgumentParser) -> None:
         metavar="T",
         type=float,
         default=0.0,
-        help="0 takes the likeliest token, more makes answers vary (default: %(default)s)",
+        help="0 takes the likeliest token; higher values make answers vary (default: %(default)s)",
     )
     parser.add_argument(
         "--top-p",
         metavar="P",
         type=float,
         default=1.0,
-        help="draw among the likeliest tokens with this probability together (default: %(default)s)",
+        help="draw from the likeliest tokens whose probabilities add up to P (default: %(default)s)",
     )
     parser.add_argument("--seed", metavar="N", type=int, help="seed of the draws (default: a new one each time)")
 
@@ -70,7 +70,7 @@ def _add_ask(verbs: Any) -> None:
         epilog='example: redux ask runs/quickstart photo.png "what shape is in the image?"',
     )
     ask.add_argument("model", metavar="MODEL", help=MODEL_HELP)
-    ask.add_argument("images", metavar="IMAGE", nargs="*", default=[], help="image files, paths or URLs")
+    ask.add_argument("images", metavar="IMAGE", nargs="*", default=[], help="paths or URLs of images")
     ask.add_argument("question", metavar="QUESTION", help="the question")
     _add_model_options(ask)
     _add_sampling_options(ask)
@@ -94,7 +94,7 @@ def _add_chat(verbs: Any) -> None:
     )
     chat.add_argument("model", metavar="MODEL", help=MODEL_HELP)
     chat.add_argument(
-        "images", metavar="IMAGE", nargs="*", default=[], help="images for the first question, paths or URLs"
+        "images", metavar="IMAGE", nargs="*", default=[], help="paths or URLs of images for the first question"
     )
     _add_model_options(chat)
     _add_sampling_options(chat)
@@ -112,15 +112,19 @@ def _add_serve(verbs: Any) -> None:
         "serve",
         help="serve a model over HTTP, with OpenAI's chat protocol and a demo page",
         description="Serve a model on Ray Serve until Ctrl-C: /v1/chat/completions and /v1/models in OpenAI's "
-        "protocol, /health, and a demo page at /. If the variable REDUX_API_KEY has a key, each request to /v1 must "
-        "have it as bearer token; other addresses than loopback need one. Usage counts image tokens before and after "
-        "compression.",
+        "protocol, /health, and a demo page at /. If the variable REDUX_API_KEY is set, each request to /v1 needs "
+        "this key as bearer token. The key is required if --host is not a loopback address. Usage counts image tokens "
+        "before and after compression.",
         epilog="example: redux serve runs/quickstart --compare",
     )
     serve.add_argument("model", metavar="MODEL", help=MODEL_HELP)
-    serve.add_argument("--name", metavar="NAME", help="name of the model in requests (default: that of its folder)")
-    serve.add_argument("--host", metavar="ADDRESS", default="127.0.0.1", help="(default: %(default)s)")
-    serve.add_argument("--port", metavar="PORT", type=parse_count, default=8000, help="(default: %(default)s)")
+    serve.add_argument("--name", metavar="NAME", help="name of the model in requests (default: name of its folder)")
+    serve.add_argument(
+        "--host", metavar="ADDRESS", default="127.0.0.1", help="address to listen on (default: %(default)s)"
+    )
+    serve.add_argument(
+        "--port", metavar="PORT", type=parse_count, default=8000, help="port to listen on (default: %(default)s)"
+    )
     serve.add_argument(
         "--compare",
         action="store_true",

@@ -14,8 +14,9 @@ def add_parsers(verbs: Any) -> None:
         help="check a job before it runs: data, labels, steps, cost and memory",
         description="Check a job without a GPU, without Ray and without a training step. It looks for wrong settings, "
         "missing files, packages, disk space and permissions; draws samples of each set and encodes them as training "
-        "does; looks for evaluation questions in the training sets; and prints steps, tokens, hours, cost and the peak "
-        "memory of each stage by part. All problems are listed together, with exit code 2.",
+        "does; looks for evaluation questions in the training sets; and prints steps, tokens and the peak memory of "
+        "each stage by part, with --tokens-per-s also hours, and with --price also cost. All problems are listed "
+        "together, with exit code 2.",
         epilog=f"example: redux check {EXAMPLE_JOB}; redux check jobs/recipes/llava-1.5-7b.yaml --workers 8 "
         "--gpu-memory 80 --tokens-per-s 30000 --price 2.5",
     )
@@ -47,7 +48,8 @@ def add_parsers(verbs: Any) -> None:
         "--tokens-per-s",
         metavar="N",
         type=_parse_positive,
-        help="tokens per second of all workers together (default: those of the stage in the run folder, if it has run)",
+        help="tokens per second of all workers together (default: the speed of the stage in the run folder, if it has "
+        "run)",
     )
     check.add_argument("--price", metavar="P", type=_parse_positive, help="price of a GPU-hour, in any currency")
     check.set_defaults(verb=_check)

@@ -45,8 +45,9 @@ def _add_submit(verbs: Any) -> None:
     )  # fmt: skip
     add(
         "--id", metavar="ID",
-        help="submission id. A second submission with the same id does not start a job, but shows the existing one. "
-        "Default: NAME, or NAME-2, NAME-3, ... after earlier jobs. Only one job of a run may be active",
+        help="submission id (default: NAME; if jobs with this name exist, NAME-2, NAME-3, ...). A second "
+        "submission with the same id does not start a job, but shows the existing one. Two jobs of one run folder "
+        "cannot be active at the same time",
     )  # fmt: skip
     add(
         "--env", metavar="NAME", action="append", default=[],
@@ -72,7 +73,7 @@ def _submit(arguments: argparse.Namespace) -> int:
 def _add_jobs(verbs: Any) -> None:
     jobs = verbs.add_parser(
         "jobs",
-        help="list, status, logs, stop: work with the jobs of a cluster",
+        help="list, follow or stop the jobs of a cluster",
         description="Work with the jobs of a Ray cluster, also with jobs that another program submitted. " + TOKEN_HELP,
     ).add_subparsers(metavar="ACTION", required=True)
     list_ = jobs.add_parser(

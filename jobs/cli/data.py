@@ -12,9 +12,9 @@ def add_parsers(verbs: Any) -> None:
     """Add the parsers of this group."""
     shards = verbs.add_parser(
         "shards",
-        help="make, index or verify WebDataset shards",
-        description="Make WebDataset shards from common forms of data, index tars of another program, verify shards. "
-        "Folders are local, or any URL that fsspec opens, such as s3://bucket/folder.",
+        help="make, index or verify WebDataset shards, or store features of their images",
+        description="Make WebDataset shards from common forms of data, index tars of another program, verify shards, "
+        "or store features of their images. Folders are local, or any URL that fsspec opens, such as s3://bucket/folder.",
     ).add_subparsers(metavar="ACTION", required=True)
     _add_make(shards)
     _add_index(shards)
@@ -27,8 +27,8 @@ def _add_make(shards: Any) -> None:
         "make",
         help="make shards from records or captions and their images",
         description="Write records with their images as shards with an index. The source is a file or folder of "
-        "records as LLaVA's, ShareGPT's or OpenAI's messages (JSON, JSON Lines, parquet, Arrow, CSV), an entry of "
-        "LLaMA-Factory's dataset_info.json, images with captions, WebDataset tars, or an Energon folder. Rejected "
+        "records in the form of LLaVA, ShareGPT or OpenAI messages (JSON, JSON Lines, parquet, Arrow, CSV), an entry "
+        "of LLaMA-Factory's dataset_info.json, images with captions, WebDataset tars, or an Energon folder. Rejected "
         "records are explained, and listed in quarantine.jsonl. The same command resumes after an interruption.",
         epilog="examples: redux shards make --source llava_v1_5_mix665k.json --images data --out s3://bucket/mix665k "
         "--max-bad-fraction 0.001; redux shards make --source 'data/train-*.parquet' --out shards/mine",
@@ -86,7 +86,9 @@ def _add_source(make: argparse.ArgumentParser) -> None:
     make.add_argument("--text-key", metavar="NAME", help="column, or suffix in tars, of the caption")
     make.add_argument("--prompt", metavar="TEXT", help="question of captions (default: empty)")
     make.add_argument(
-        "--fix", action="store_true", help="repair records where the repair is certain, and list them in repaired.jsonl"
+        "--fix",
+        action="store_true",
+        help="repair records where only one repair is possible, and list them in repaired.jsonl",
     )
 
 

@@ -32,7 +32,7 @@ def add_parsers(verbs: Any) -> None:
     )
     look.add_argument("--text", action="store_true", help="print to the terminal instead of writing a page")
     look.add_argument(
-        "--out", metavar="FILE", type=Path, help="the page (default: look-NAME.html in the current folder)"
+        "--out", metavar="FILE", type=Path, help="file of the page (default: look-NAME.html in the current folder)"
     )
     look.add_argument(
         "--samples", metavar="N", type=parse_count, default=10, help="samples of each set (default: %(default)s)"
@@ -43,8 +43,8 @@ def add_parsers(verbs: Any) -> None:
     look.add_argument(
         "--model",
         metavar="MODEL",
-        help="for a set: the LLaVA that shall be trained on it, as folder of a run, or folder, Hugging Face Hub id or "
-        "URL of a model",
+        help="for a set: the LLaVA that will be trained on it (folder of a run; or folder, Hugging Face Hub id or URL "
+        "of a model)",
     )
     look.add_argument(
         "--runs-dir",

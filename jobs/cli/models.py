@@ -5,7 +5,9 @@ from pathlib import Path
 from typing import Any
 
 from jobs.cli.arguments import parse_count
+from redux.benchmark_titles import BENCHMARK_TITLES
 
+INSTRUCTIONS_TASK = "instructions"
 OWN_METRICS = ("exact", "contains", "vqa", "anls", "choice")
 
 
@@ -44,7 +46,9 @@ def _add_export(verbs: Any) -> None:
     export.add_argument("--stage", metavar="NAME", help="training stage (default: the last one)")
     export.add_argument("--step", metavar="N", type=parse_count, help="step of the checkpoint (default: the newest)")
     export.add_argument(
-        "--out", metavar="URI", help="folder or URL, empty or missing (default for a run: exports/ in its folder)"
+        "--out",
+        metavar="URI",
+        help="folder or URL that is empty or does not exist (default for a run: exports/ in its folder)",
     )
     export.set_defaults(verb=_export)
 
@@ -61,8 +65,8 @@ def _add_cost(verbs: Any) -> None:
     cost = verbs.add_parser(
         "cost",
         help="show image tokens, FLOPs and KV cache of the paper's configurations",
-        description="Show for each preset of redux.presets: image tokens, tokens kept and clusters of each compression "
-        "stage, and for a prompt with one image the FLOPs, the share of LLaVA's FLOPs and the size of the KV cache. "
+        description="Show for each preset of redux.presets: image tokens, kept tokens and clusters of each compressing "
+        "block, and for a prompt with one image the FLOPs, the share of LLaVA's FLOPs and the size of the KV cache. "
         "Everything is computed from the configuration; no model runs.",
         epilog="example: redux cost default tokens-64 --model runs/quickstart/checkpoints/instruct/model",
     )
@@ -94,7 +98,7 @@ def _add_score(verbs: Any) -> None:
         epilog="example: redux score vqav2 --answers merge.jsonl "
         "--questions v2_OpenEnded_mscoco_val2014_questions.json v2_mscoco_val2014_annotations.json",
     )
-    score.add_argument("task", metavar="TASK", nargs="?", help="vqav2, gqa, textvqa, mme, mmbench or instructions")
+    score.add_argument("task", metavar="TASK", nargs="?", help=f"{', '.join(BENCHMARK_TITLES)} or {INSTRUCTIONS_TASK}")
     score.add_argument(
         "--metric",
         choices=OWN_METRICS,

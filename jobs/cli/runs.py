@@ -78,8 +78,8 @@ def _add_run(verbs: Any) -> None:
         "--share",
         metavar="K/N",
         type=parse_study_share,
-        help="of a study, run only share K of N equal shares of its runs. Use one folder for all shares, or copy their "
-        "folders into one; redux tables then shows the whole study",
+        help="run only part K of N equal parts of a study. Use the same --runs-dir for all parts, or copy their run "
+        "folders into one folder; redux tables then shows the whole study",
     )
     run.set_defaults(verb=_run, resumes=True)
 
@@ -164,8 +164,9 @@ def _add_tables(verbs: Any) -> None:
         "tables",
         help="compare finished runs in tables, also those of the paper",
         description="Print tables of finished runs as Markdown: scores with 95 % intervals, differences to LLaVA or "
-        "to the first variant, costs, the paper's tables that a run fills, with the numbers of the paper, and verdicts "
-        "on its claims. The settings of a run decide its row. Runs that differ only in their seed share a row.",
+        "to the first variant, costs, the tables of the paper that have rows for these runs, with the paper's "
+        "numbers, and verdicts on the claims of the paper. The settings of a run decide its row. Runs that differ only "
+        "in their seed share a row.",
         epilog="example: redux tables runs --out tables",
     )
     tables.add_argument(

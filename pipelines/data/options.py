@@ -75,9 +75,9 @@ class Data:
     """Data of a job.
 
     Args:
-        source: "easy-vqa" makes those sets of easy-VQA that a stage uses: captions, conversations, shown and half_shown
-            (four or eight instructions with images), formats and half_formats (sixteen or eight instructions in text
-            alone). null makes none.
+        source: "easy-vqa" makes those sets of easy-VQA that a stage uses. Sets with images: captions; conversations;
+            shown, with four instructions; half_shown, with eight. Sets of text alone: formats, with sixteen
+            instructions; half_formats, with eight. null makes none.
         samples_per_shard: number of samples per shard of these sets.
         sets: other sets by name: folders or URLs of shards, or data in any form of "Formats" in jobs/README.md, of
             which the job makes shards.

@@ -111,8 +111,8 @@ class TaskSettings:
             `redux instructions` wrote.
         images: folder or URL of the images. null if they are inside the files, in the folder of the benchmark or in
             that of `file`.
-        limit: evaluate on N images, evenly spaced, each with all its questions. For a benchmark that asks each question
-            several times, N questions.
+        limit: evaluate on this many images, evenly spaced, each with all its questions. For a benchmark that asks each
+            question several times, it is the number of questions.
         exclude_first: skip the images that `limit` with the same number selects. Use it after a search that chose
             settings on those images.
         max_new_tokens: maximum length of an answer in tokens. null is the default of the benchmark.

@@ -37,6 +37,11 @@ class Column:
     number_format: str = "{:.1f}"
     about: str = ""
 
+    @property
+    def counts_points(self) -> bool:
+        """True for a benchmark with points of its own, as MME; the others are shares of correct answers."""
+        return self.factor == 1
+
 
 IF_COLUMN = Column("IF", "instructions.strict", paper="IF")
 CORRECTNESS_COLUMNS = (Column("right", "instructions.right"), Column("both", "instructions.both"))
@@ -80,6 +85,8 @@ BENCHMARK_COLUMNS = (
     Column("MMB", "mmbench.accuracy", paper="MMB"),
     Column("easy-VQA", "easy_vqa.accuracy"),
 )
+"""Main metric of each benchmark of understanding."""
+
 COLUMN_BY_BENCHMARK = {column.name: column for column in BENCHMARK_COLUMNS}
 PILOT_COLUMNS = (Column("JSON", "instructions.strict.json"), Column("Keywords", "instructions.strict.keywords"))
 ABLATION_COLUMNS = (

@@ -56,9 +56,11 @@ def _compare_with_llava(table: ResultTable, rows: Sequence[ResultRow]) -> str:
     base = next((row for row in rows if row.kind == "llava"), None)
     if ours is None or base is None:
         return ""
-    # later entries replace earlier ones: MME counts points, not correct answers
-    phrases = {name: f"correct on {name}" for name in COLUMN_BY_BENCHMARK}
-    phrases |= {IF_COLUMN.name: "of instructions followed", "both": "followed and correct", "MME": "points on MME"}
+    phrases = {
+        name: f"{'points' if column.counts_points else 'correct'} on {name}"
+        for name, column in COLUMN_BY_BENCHMARK.items()
+    }
+    phrases |= {IF_COLUMN.name: "of instructions followed", "both": "followed and correct"}
     parts = [
         _compare_cells(column, phrases[column.name], our_cell, base_cell)
         for column, our_cell, base_cell in zip(table.columns, ours.cells, base.cells, strict=True)

@@ -21,6 +21,7 @@ from pipelines.data.easy_vqa import EASY_VQA_SETS
 from pipelines.data.shard_index import Shards, is_finished
 from pipelines.evaluation.statistics import Difference, Interval, bootstrap_difference, bootstrap_interval
 from pipelines.report import runs
+from pipelines.report.columns import BENCHMARK_COLUMNS
 from pipelines.report.cost_section import TEXT_TOKENS, CostLine, compare_cost
 from pipelines.report.environment import ENVIRONMENT_FILE, read_versions
 from pipelines.report.page import format_duration, format_number
@@ -294,8 +295,9 @@ def _format_score(metric: str, value: float) -> str:
 
 
 def _find_factor(metric: str) -> float:
-    """Find the factor from a metric to the number that is shown: per cent, or MME's own points."""
-    return 1.0 if metric.startswith("mme.") else 100.0
+    """Find the factor from a metric to the number that is shown: per cent, or points of the benchmark."""
+    task = metric.partition(".")[0]
+    return next((column.factor for column in BENCHMARK_COLUMNS if column.source.startswith(f"{task}.")), 100.0)
 
 
 def _format_range(interval: Interval) -> str:

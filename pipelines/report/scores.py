@@ -23,7 +23,8 @@ from pipelines.evaluation.statistics import Interval, bootstrap_interval
 from pipelines.evaluation.tasks import RESERVED_NAMES, find_task
 from pipelines.report.plots import shorten_label
 from pipelines.report.runs import Scorer
-from redux.benchmarks import BENCHMARKS, Metric, Row
+from redux.benchmark_titles import BENCHMARK_TITLES
+from redux.benchmarks import Metric, Row
 from redux.benchmarks.custom import UNTYPED
 from redux.benchmarks.instructions import ID_LIST, has_instructions
 from redux.instructions import ALL_INSTRUCTIONS
@@ -237,9 +238,7 @@ def _describe_score(result: TaskResult) -> str:
 
 def find_title(name: str) -> str:
     """Return the name of a task on the page."""
-    if name in BENCHMARKS:
-        return BENCHMARKS[name].title
-    return SCORED_TASK_TITLES.get(name, name)
+    return BENCHMARK_TITLES.get(name) or SCORED_TASK_TITLES.get(name, name)
 
 
 def make_score_line(name: str, metric: Metric, main: str) -> ScoreLine:

@@ -58,7 +58,7 @@ class Stage:
         group_by_length: number of global batches whose samples are sorted together. The sorted batches have one
             modality and similar lengths, as in LLaVA (group_by_modality_length). null mixes all samples.
         packing: rows of several conversations, for little padding. Loss and gradients are those without packing, except
-            by rounding and dropout. null gives each conversation a row of its own.
+            for rounding and the dropout of LoRA. null gives each conversation a row of its own.
         image_aspect_ratio: "pad" pads images to a square (LLaVA's stage 2), "crop" crops them (its stage 1). null takes
             that of model.checkpoint, or pad if it has none.
         image_backend: "exact" computes LLaVA's pixels bit for bit; "fast" differs by one or two grey levels.
@@ -238,7 +238,7 @@ class Recovery:
         restarts: allowed number of consecutive faults without a new step; one more ends the run.
         watchdog_s: seconds without a finished step after which a worker counts as hung and all workers are restarted.
             They must suffice for a whole start (model, checkpoint, first batch) and for the upload of a checkpoint.
-        grace_s: seconds that a run gets after SIGTERM for the current step, one more and a last checkpoint. Most
+        grace_s: seconds that a run gets after SIGTERM for the current step, the next step and a last checkpoint. Most
             schedulers kill a job after 30 seconds or more.
         resize_s: if num_workers is a range, seconds between checks for new or lost machines. A change restarts all
             workers from the last checkpoint.

@@ -4,8 +4,8 @@ Each benchmark is a module that reads the official files, prompts exactly as LLa
 scorer.  Its docstring lists differences between the two, and parts that are left out.  LLaVA's evaluation differs from
 lmms-eval's: up to 128 new tokens, not 16; OCR tokens in TextVQA's prompts; only a final period dropped in GQA.
 
-A new benchmark is a module that imports from `redux.benchmarks.benchmark`, and an entry in BENCHMARKS.
-pipelines/README.md lists all steps.
+A new benchmark is a module that imports from `redux.benchmarks.benchmark`, an entry in BENCHMARKS, and a title in
+`redux.benchmark_titles`.  pipelines/README.md lists all steps.
 """
 
 from collections.abc import Mapping, Sequence
@@ -20,7 +20,6 @@ from redux.benchmarks.benchmark import compute_scores as compute_scores
 
 BENCHMARKS: dict[str, Benchmark] = {
     "vqav2": Benchmark(
-        title="VQAv2",
         read_questions=vqav2.read_questions,
         compute_metrics=vqav2.compute_metrics,
         read_answers=vqav2.read_answers,
@@ -28,28 +27,24 @@ BENCHMARKS: dict[str, Benchmark] = {
         build_submission=vqav2.build_submission,
     ),
     "gqa": Benchmark(
-        title="GQA",
         read_questions=gqa.read_questions,
         compute_metrics=gqa.compute_metrics,
         read_answers=gqa.read_answers,
         max_new_tokens=128,
     ),
     "textvqa": Benchmark(
-        title="TextVQA",
         read_questions=textvqa.read_questions,
         compute_metrics=textvqa.compute_metrics,
         read_answers=textvqa.read_answers,
         max_new_tokens=128,
     ),
     "mme": Benchmark(
-        title="MME",
         read_questions=mme.read_questions,
         compute_metrics=mme.compute_metrics,
         read_answers=mme.read_answers,
         max_new_tokens=128,
     ),
     "mmbench": Benchmark(
-        title="MMBench",
         read_questions=mmbench.read_questions,
         compute_metrics=mmbench.compute_metrics,
         read_answers=mmbench.read_answers,

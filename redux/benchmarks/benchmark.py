@@ -115,17 +115,16 @@ class Benchmark:
     """Questions and scorer of a benchmark.
 
     Args:
-        title: name on pages.
         read_questions: reads the official files, given as paths or URLs; a ValueError names the file and the location
             of an error.
-        compute_metrics: computes metrics by name from rows; none if the rows have no references (test splits).
+        compute_metrics: computes metrics by name from rows, the main metric first; none if the rows have no
+            references (test splits).
         read_answers: reads {question id: response} from another system's file, in the official format of results, that
             of LLaVA, or answers/TASK.jsonl; a ValueError names the file and the line or item of an error.
         max_new_tokens: limit of a response in LLaVA-1.5's evaluation.
         build_submission: builds JSON-able content for the official server from rows; None without such a server.
     """
 
-    title: str
     read_questions: Callable[..., list[Question]]
     compute_metrics: Callable[[Sequence[Row]], dict[str, Metric]]
     read_answers: Callable[[Source, Sequence[Question]], dict[str, str]]

@@ -6,6 +6,7 @@ import signal
 import subprocess
 import sys
 import sysconfig
+from argparse import ArgumentParser
 from collections.abc import Callable, Iterator
 from contextlib import suppress
 from pathlib import Path
@@ -92,6 +93,30 @@ def test_help_lists_each_verb_in_one_group() -> None:
     assert sorted(listed) == sorted(verb for verbs in VERB_GROUPS.values() for verb in verbs)
     [verbs] = [action for action in _build_parser()._actions if isinstance(action.choices, dict)]
     assert sorted(listed) == sorted(verbs.choices or ())
+
+
+def list_parsers(parser: ArgumentParser, *words: str) -> Iterator[tuple[str, ArgumentParser]]:
+    """List the verbs with their parsers, and the actions of those that have some."""
+    yield " ".join(words), parser
+    for action in parser._actions:
+        if isinstance(action.choices, dict):
+            for name, inner in action.choices.items():
+                yield from list_parsers(inner, *words, name)
+
+
+@pytest.mark.parametrize(
+    ("words", "parser"), [pytest.param(*pair, id=pair[0]) for pair in list_parsers(_build_parser())]
+)
+def test_help_explains_each_verb_and_its_arguments(words: str, parser: ArgumentParser) -> None:
+    result = run_command(*words.split(), "--help")
+    assert (result.code, result.err) == (0, "")
+    assert result.out.startswith(f"usage: {' '.join(['redux', *words.split()])} ")
+    text = " ".join(result.out.split())
+    for action in parser._actions:
+        if not isinstance(action.choices, dict):
+            assert re.search("[a-z]", (action.help or "").partition("(")[0]), f"{action.dest} has no meaning"
+        if "%(default)s" in (action.help or ""):
+            assert f"default: {action.default}" in text
 
 
 @pytest.mark.parametrize(

@@ -7,6 +7,7 @@ from pathlib import Path
 import pytest
 
 from jobs import command
+from redux.benchmarks import BENCHMARKS
 
 
 @pytest.fixture
@@ -44,7 +45,7 @@ def test_a_submission_is_written_for_every_question(tmp_path: Path, capsys: pyte
 @pytest.mark.parametrize(
     ("words", "message"),
     [
-        (["vqav3", "--questions", "@"], "redux: TASK: got vqav3, allowed: vqav2, gqa, textvqa, mme, mmbench, instr"),
+        (["vqav3", "--questions", "@"], f"redux: TASK: got vqav3, allowed: {', '.join(BENCHMARKS)}, instructions"),
         (["gqa"], "redux: --questions: got none, allowed: the official files of GQA"),
         (["gqa", "--questions", "@", "@"], "redux: questions: got "),
         (["gqa", "--questions", "@", "--submission", "x"], "redux: --submission: got task gqa, allowed: vqav2"),

@@ -3,9 +3,12 @@
 import json
 import math
 from pathlib import Path
+from typing import NamedTuple
 
 import pytest
 
+from pipelines.report.columns import BENCHMARK_COLUMNS
+from redux.benchmark_titles import BENCHMARK_TITLES
 from redux.benchmarks import BENCHMARKS, Metric, Outcome, Question, join_answers, mmbench, mme, textvqa
 from redux.benchmarks.benchmark import compute_scores as benchmark_scores
 from tests.redux.benchmarks.official_files import Write, asked_vqav2, mmbench_row, scored, scores, tsv
@@ -24,40 +27,75 @@ def test_what_was_not_scored_is_an_error(metrics: dict[str, Metric]) -> None:
         benchmark_scores(metrics, "mine")
 
 
-def asked(name: str, write: Write, request: pytest.FixtureRequest) -> tuple[list[Question], dict[str, str]]:
-    """Questions of a benchmark, with answers that are all right."""
-    if name == "vqav2":
-        questions = asked_vqav2(write, [["a"] * 5 + ["cat"] * 5, ["dog"] * 10, ["2"] * 10])
-        return questions, {"10": "cat", "20": "dog", "30": "two"}
-    if name == "gqa":
-        questions = request.getfixturevalue("gqa")
-        return questions, {question.id: question.reference["answer"] for question in questions}
-    if name == "textvqa":
-        questions = textvqa.read_questions(*request.getfixturevalue("textvqa_files"))[:2]
-        return questions, {"34602": "dakota", "34603": "yes"}
-    if name == "mme":
-        questions = mme.read_questions(request.getfixturevalue("mme_folder"))
-    else:
-        rows = [mmbench_row(1, "B", "square", "circle"), mmbench_row(2, "A", "red", "blue", "green")]
-        questions = mmbench.read_questions(write("dev.tsv", tsv(rows)))
-    return questions, {question.id: question.reference["answer"] for question in questions}
+class Example(NamedTuple):
+    """Questions of a benchmark with right answers.
+
+    Args:
+        questions: questions.
+        answers: right answers by the id of the question; by default the references.
+        score: the main metric with these answers.
+        keys: keys of the id and the answer in the official form.
+    """
+
+    questions: list[Question]
+    keys: tuple[str, str]
+    answers: dict[str, str] | None = None
+    score: float = 1
+
+    def find_right_answers(self) -> dict[str, str]:
+        return self.answers or {question.id: question.reference["answer"] for question in self.questions}
 
 
-MAIN = {"vqav2": "accuracy", "gqa": "accuracy", "textvqa": "accuracy", "mme": "perception", "mmbench": "accuracy"}
-OFFICIAL = {"vqav2": "question_id answer", "gqa": "questionId prediction", "textvqa": "question_id answer",
-            "mme": "question_id text", "mmbench": "index prediction"}  # fmt: skip
+@pytest.fixture
+def vqav2_example(write: Write) -> Example:
+    questions = asked_vqav2(write, [["a"] * 5 + ["cat"] * 5, ["dog"] * 10, ["2"] * 10])
+    return Example(questions, ("question_id", "answer"), {"10": "cat", "20": "dog", "30": "two"})
+
+
+@pytest.fixture
+def gqa_example(gqa: list[Question]) -> Example:
+    return Example(gqa, ("questionId", "prediction"))
+
+
+@pytest.fixture
+def textvqa_example(textvqa_files: list[str]) -> Example:
+    questions = textvqa.read_questions(*textvqa_files)[:2]
+    return Example(questions, ("question_id", "answer"), {"34602": "dakota", "34603": "yes"})
+
+
+@pytest.fixture
+def mme_example(mme_folder: str) -> Example:
+    return Example(mme.read_questions(mme_folder), ("question_id", "text"), score=600)
+
+
+@pytest.fixture
+def mmbench_example(write: Write) -> Example:
+    rows = [mmbench_row(1, "B", "square", "circle"), mmbench_row(2, "A", "red", "blue", "green")]
+    return Example(mmbench.read_questions(write("dev.tsv", tsv(rows))), ("index", "prediction"))
+
+
+@pytest.fixture
+def example(name: str, request: pytest.FixtureRequest) -> Example:
+    """The example of a benchmark, of the fixture NAME_example."""
+    return request.getfixturevalue(f"{name}_example")
+
+
+def test_each_benchmark_has_a_title_and_a_column() -> None:
+    assert BENCHMARKS.keys() == BENCHMARK_TITLES.keys()
+    assert BENCHMARKS.keys() <= {column.source.partition(".")[0] for column in BENCHMARK_COLUMNS}
 
 
 @pytest.mark.parametrize("name", BENCHMARKS)
-def test_scrambled_answers_score_less_and_none_score_nothing(
-    name: str, write: Write, request: pytest.FixtureRequest
-) -> None:
-    questions, right = asked(name, write, request)
+def test_scrambled_answers_score_less_and_none_score_nothing(name: str, write: Write, example: Example) -> None:
+    questions, right = example.questions, example.find_right_answers()
     best, missing = scored(name, questions, right)
     assert missing == 0
-    assert best[MAIN[name]].score == {"mme": 600}.get(name, 1)
+    # the main metric is the first, and that of the column in tables
+    main = next(iter(best))
+    assert f"{name}.{main}" in {column.source for column in BENCHMARK_COLUMNS}
+    assert best[main].score == example.score
     moved = dict(zip(right, [*list(right.values())[1:], "?"], strict=True))
-    assert scores(name, questions, moved)[MAIN[name]] < best[MAIN[name]].score
+    assert scores(name, questions, moved)[main] < best[main].score
     for empty in ("", "\n"):
         nothing = BENCHMARKS[name].read_answers(write("empty", empty), questions)
         metrics, missing = scored(name, questions, nothing)
@@ -67,11 +105,9 @@ def test_scrambled_answers_score_less_and_none_score_nothing(
 
 
 @pytest.mark.parametrize("name", BENCHMARKS)
-def test_our_own_lines_and_the_official_form_say_the_same(
-    name: str, write: Write, request: pytest.FixtureRequest
-) -> None:
-    questions, right = asked(name, write, request)
-    key, value = OFFICIAL[name].split()
+def test_our_own_lines_and_the_official_form_say_the_same(name: str, write: Write, example: Example) -> None:
+    questions, right = example.questions, example.find_right_answers()
+    key, value = example.keys
     ours = write("answers.jsonl", lines=[{"id": i, "response": text, "unit": "x"} for i, text in right.items()])
     official = write("results.json", [{key: i, value: text} for i, text in right.items()])
     assert BENCHMARKS[name].read_answers(ours, questions) == right
@@ -95,9 +131,9 @@ def test_our_own_lines_and_the_official_form_say_the_same(
     ],
 )  # fmt: skip
 def test_a_bad_answer_is_named_with_file_and_place(
-    name: str, content: str, said: str, write: Write, request: pytest.FixtureRequest
+    name: str, content: str, said: str, write: Write, example: Example
 ) -> None:
-    questions, right = asked(name, write, request)
+    questions, right = example.questions, example.find_right_answers()
     path = write("answers", content.replace("@", next(iter(right))))
     with pytest.raises(ValueError, match=said) as caught:
         BENCHMARKS[name].read_answers(path, questions)
@@ -137,10 +173,8 @@ def test_a_file_that_is_not_there_is_named(name: str, tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("name", BENCHMARKS)
-def test_rows_are_json_and_score_the_same_after_a_round_trip(
-    name: str, write: Write, request: pytest.FixtureRequest
-) -> None:
-    questions, right = asked(name, write, request)
+def test_rows_are_json_and_score_the_same_after_a_round_trip(name: str, write: Write, example: Example) -> None:
+    questions, right = example.questions, example.find_right_answers()
     rows, _ = join_answers(questions, right)
     again = [json.loads(json.dumps(row)) for row in rows]
     assert BENCHMARKS[name].compute_metrics(again) == BENCHMARKS[name].compute_metrics(rows)
