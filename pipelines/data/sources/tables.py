@@ -84,8 +84,8 @@ def _check_header(url: str, names: list[str], delimiter: str) -> None:
     other = next((mark for mark in CSV_DELIMITERS if len(names) == 1 and mark in names[0]), None)
     if other:
         raise ValueError(
-            f"{url}: got one column, {shorten(names[0])}, allowed: several columns with {delimiter!r} between them, as in "
-            f".{'csv' if delimiter == ',' else 'tsv'} files"
+            f"{url}: got one column, {shorten(names[0])}, allowed: several columns with {delimiter!r} between them, as "
+            f"in .{'csv' if delimiter == ',' else 'tsv'} files"
         )
 
 
