@@ -136,7 +136,7 @@ def _find_content_rejection(record: dict, max_words: int | None) -> RecordReject
     tagged = []  # names of the turns with <image>, once per tag
     for number, turn in enumerate(turns, start=-first):
         text, name = turn["value"], f"conversations[{first + number}].value"
-        if not _is_unicode(text):
+        if not is_unicode(text):
             return RecordRejection("broken text", name, shorten(text))
         if text.startswith(LFS_POINTER):
             return RecordRejection("broken text", name, shorten(text), LFS_ADVICE)
@@ -207,7 +207,8 @@ def _describe_value(value: Any) -> str:
     return f"{len(value)} bytes" if isinstance(value, bytes) else str(value)
 
 
-def _is_unicode(text: str) -> bool:
+def is_unicode(text: str) -> bool:
+    """Tell if a text can be written as UTF-8, which a lone surrogate cannot."""
     try:
         text.encode()
     except UnicodeEncodeError:

@@ -45,7 +45,7 @@ def find_repair(record: Any, rejection: RecordRejection, max_words: int | None) 
     descriptions: list[str] = []
     found: RecordRejection | None = rejection
     for _ in range(MAX_REPAIRS):
-        change = _CHANGES.get(found.reason) if found else None
+        change = _CHANGES.get(found.reason) if found and _has_turns(record) else None
         repaired = change(record) if change else None
         if repaired is None:
             return None
@@ -55,6 +55,15 @@ def find_repair(record: Any, rejection: RecordRejection, max_words: int | None) 
         if found is None:
             return Repair(record, "; ".join(descriptions))
     return None
+
+
+def _has_turns(record: Any) -> bool:
+    """Tell if a record has turns with roles and texts. A rejection for another field says nothing about them."""
+    turns = record.get("conversations") if isinstance(record, dict) else None
+    return isinstance(turns, list) and all(
+        isinstance(turn, dict) and isinstance(turn.get("from"), str) and isinstance(turn.get("value"), str)
+        for turn in turns
+    )
 
 
 def _with_turns(record: dict[str, Any], turns: Turns, description: str) -> Repair:

@@ -36,7 +36,7 @@ from pipelines.core.imports import import_without
 from pipelines.data import records as check
 from pipelines.data import tars
 from pipelines.data.digest_set import DIGEST_BYTES, DigestSet
-from pipelines.data.images import ImageFolder, OutsideError, check_image
+from pipelines.data.images import URL_SCHEME, ImageFolder, OutsideError, check_image
 from pipelines.data.index_file import INDEX_SCHEMA, IndexBuilder, as_record_batch
 from pipelines.data.options import ShardOptions
 from pipelines.data.quarantine import QuarantineError, RejectionSummary
@@ -55,6 +55,8 @@ from redux.image import prepare_image
 
 BAR_FORMAT = "{l_bar}{bar}| {n_fmt}/{total_fmt} [{elapsed}<{remaining}, {rate_noinv_fmt}]"
 """tqdm's default format, but with rates in the same unit for slow and fast bars."""
+
+DOWNLOAD_ADVICE = "images of other addresses are not downloaded; img2dataset downloads them"
 
 COUNT_FORMAT = "{desc}: {n_fmt} [{elapsed}, {rate_noinv_fmt}]"
 """Format for records that are not counted before they are read."""
@@ -371,7 +373,9 @@ def read_image(
             suffix, image = "ppm", prepare_image(image, options.image_size, options.image_aspect_ratio)
     except (OutsideError, FileNotFoundError) as error:
         reason = "outside folder" if isinstance(error, OutsideError) else "missing image"
-        hint = check.shorten(folder.find_elsewhere(path))
+        is_address = URL_SCHEME.match(path) and not path.lower().startswith("file:")
+        # the same for all images of a set, so the folder is not searched
+        hint = DOWNLOAD_ADVICE if is_address else check.shorten(folder.find_elsewhere(path))
         return check.RecordRejection(reason, "image", check.shorten(path), hint), "", b""
     except (ValueError, MemoryError) as error:  # also if the padded square is too large
         detail = check.shorten(str(error))

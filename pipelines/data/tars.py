@@ -120,11 +120,13 @@ class Tar:
     """Content of a tar.
 
     samples: samples in the order of the tar, including rejected ones. outside: number of members outside of samples, by
-    kind. notes: lines about unexpected content. members: number of all members.
+    kind. links: name and kind of a link, by the key of its sample. notes: lines about unexpected content. members:
+    number of all members.
     """
 
     samples: list[TarSample] = field(default_factory=list)
     outside: Counter[str] = field(default_factory=Counter)
+    links: dict[str, tuple[str, str]] = field(default_factory=dict)
     notes: list[str] = field(default_factory=list)
     members: int = 0
 
@@ -169,17 +171,18 @@ def read_tar(data: BytesLike, name: str) -> Tar:
     return tar
 
 
-def iterate_samples(data: BytesLike, name: str) -> Iterator[TarSample]:
+def iterate_samples(data: BytesLike, name: str, tar: Tar) -> Iterator[TarSample]:
     """Yield the samples that WebDataset reads from a tar, without a search for record and image.
 
     Args:
         data: the whole tar, in memory or mapped into memory.
         name: name of the tar, for messages.
+        tar: an empty one, which gets the members outside of samples, but no samples.
 
     Raises:
         ValueError: the whole tar is rejected. The message is one line.
     """
-    return _group_samples(_read_members(data, name, Tar()), name)
+    return _group_samples(_read_members(data, name, tar), name)
 
 
 def make_index_rows(tar: Tar, data: BytesLike, name: str) -> list[dict[str, Any]]:
@@ -221,7 +224,10 @@ def _read_members(data: BytesLike, name: str, tar: Tar) -> Iterator[TarMember]:
     for info, end in _read_headers(data, name):
         tar.members += 1
         if not info.isreg():
-            tar.outside[MEMBER_KINDS.get(info.type, "device")] += 1
+            kind = MEMBER_KINDS.get(info.type, "device")
+            tar.outside[kind] += 1
+            if info.islnk() or info.issym():
+                tar.links[base_plus_ext(info.name)[0]] = (info.name, kind)
         elif _is_metadata(info.name):
             tar.outside["metadata"] += 1
         elif (suffix := base_plus_ext(info.name)[1]) is None:

@@ -6,6 +6,7 @@ metadata.jsonl (or metadata.csv, metadata.parquet)      {"file_name": "7.jpg", "
 
 import json
 import posixpath
+from collections import Counter
 from collections.abc import Iterator
 from typing import Any
 
@@ -46,24 +47,34 @@ def read_image_folder(
             f"{storage.join(folder, below)}: a link to {resolved}, a folder above it, allowed: links to other "
             "folders; remove the link"
         )
-    names = storage.list_files(storage.join(folder, below))
-    table = next((name for name in METADATA_FILES if name in names), None)
-    if table:
+    names = list_visible(storage.join(folder, below))
+    tables = [name for name in METADATA_FILES if name in names]
+    if len(tables) > 1:
+        raise ValueError(f"{storage.join(folder, below)}: got {' and '.join(tables)}, allowed: one of them")
+    if tables:
         # a table is about the images below it as well
-        for origin, row in _read_metadata(folder, posixpath.join(below, table)):
+        for origin, row in _read_metadata(folder, posixpath.join(below, tables[0])):
             yield origin, row, None
         return
     # caption files are looked up in the listing: a request for each would be slow on a store
     known = frozenset(names)
-    for name in names:
-        stem, suffix = split_suffix(name)
-        if suffix in IMAGE_SUFFIXES:
-            path = posixpath.join(below, name)
-            row, rejection = _read_texts(storage.join(folder, below), stem, known, columns)
-            yield path, {**row, "id": posixpath.join(below, stem), "image": path}, rejection
+    images = [name for name in names if split_suffix(name)[1] in IMAGE_SUFFIXES]
+    images_of_stem = Counter(split_suffix(name)[0] for name in images)
+    for name in images:
+        stem, path = split_suffix(name)[0], posixpath.join(below, name)
+        row, rejection = _read_texts(storage.join(folder, below), stem, known, columns)
+        if images_of_stem[stem] > 1:  # one of them may be a mask
+            detail = f"{images_of_stem[stem]} images are named {stem}"
+            rejection = RecordRejection("several images", "image", path, detail)
+        yield path, {**row, "id": posixpath.join(below, stem), "image": path}, rejection
     # folder after folder, so that the order is that of the paths
     for name in storage.list_folders(storage.join(folder, below)):
         yield from read_image_folder(folder, columns, posixpath.join(below, name), parents | {resolved})
+
+
+def list_visible(folder: str) -> list[str]:
+    """List the files of a folder without hidden ones, which macOS writes beside others as ._NAME."""
+    return [name for name in storage.list_files(folder) if not name.startswith(".")]
 
 
 def split_suffix(name: str) -> tuple[str, str]:

@@ -15,7 +15,7 @@ from braceexpand import braceexpand
 
 from pipelines.core import storage
 from pipelines.data.options import ColumnName
-from pipelines.data.sources.image_folder import METADATA_FILES, split_suffix
+from pipelines.data.sources.image_folder import METADATA_FILES, list_visible, split_suffix
 from pipelines.data.sources.rows import IMAGE_COLUMNS, Columns
 from pipelines.data.sources.tables import read_columns
 from pipelines.data.tars import IMAGE_SUFFIXES, PICKLE_SUFFIXES
@@ -28,6 +28,7 @@ KIND_BY_SUFFIX: dict[str, FileKind] = {
     "ndjson": "json",
     "parquet": "parquet",
     "arrow": "arrow",
+    "feather": "arrow",
     "csv": "csv",
     "tsv": "csv",
     "tar": "tar",
@@ -116,7 +117,7 @@ def find_layout(source: str) -> Layout:
     # a file or a folder may have these characters in its own name
     is_pattern = any(mark in name for mark in "*?[") and not storage.exists(source)
     if is_pattern and not (storage.list_files(source) or storage.list_folders(source)):
-        found = fnmatch.filter(storage.list_files(folder or "."), name)
+        found = fnmatch.filter(list_visible(folder or "."), name)
         if not found:
             raise ValueError(f"{source}: no file matches, allowed: a pattern of names in {folder or '.'}")
         return _choose_files(source, folder or ".", found)
@@ -132,7 +133,7 @@ def _find_file(url: str) -> Layout:
     name = posixpath.basename(url)
     _, suffix = split_suffix(name)
     if suffix in COMPRESSED_FILE_SUFFIXES:
-        raise ValueError(f"{url}: compressed, allowed: {ALLOWED_SOURCES}; unpack it first")
+        raise _describe_compressed(url)
     if name.lower().endswith(PICKLE_SUFFIXES):
         raise ValueError(f"{url}: pickled, allowed: {ALLOWED_SOURCES}; nothing is unpickled")
     if name == LLAMA_FACTORY_FILE:
@@ -141,10 +142,27 @@ def _find_file(url: str) -> Layout:
     return Layout(KIND_BY_SUFFIX.get(suffix, "json"), (url,), storage.find_parent(url))
 
 
+def _describe_compressed(url: str) -> ValueError:
+    return ValueError(f"{url}: compressed, allowed: {ALLOWED_SOURCES}; unpack it first")
+
+
+def _find_packed_kind(name: str) -> FileKind | None:
+    """Find the kind of the file that a compressed file holds, as "json" for a.jsonl.gz. None for other files."""
+    stem, suffix = split_suffix(name)
+    if suffix == "tgz":
+        return "tar"
+    return KIND_BY_SUFFIX.get(split_suffix(stem)[1]) if suffix in COMPRESSED_FILE_SUFFIXES else None
+
+
 def _choose_files(source: str, folder: str, names: list[str]) -> Layout:
     """Choose the files of a folder, which must be of one kind and of one split."""
     # files of other kinds, such as a README, are not data
     kinds = sorted({KIND_BY_SUFFIX[suffix] for name in names if (suffix := split_suffix(name)[1]) in KIND_BY_SUFFIX})
+    for name in names:
+        packed = _find_packed_kind(name)
+        # a part of the data would be missing
+        if packed and (not kinds or packed in kinds) and split_suffix(name)[0] not in names:
+            raise _describe_compressed(storage.join(folder, name))
     if len(kinds) != 1:
         got = " and ".join(kinds) if kinds else f"files such as {names[0]}"
         raise ValueError(f"{source}: got {got}, allowed: files of one kind; give a pattern such as {source}/*.jsonl")
@@ -163,7 +181,7 @@ def _choose_files(source: str, folder: str, names: list[str]) -> Layout:
 
 
 def _find_folder(folder: str) -> Layout:
-    names, folders = storage.list_files(folder), storage.list_folders(folder)
+    names, folders = list_visible(folder), storage.list_folders(folder)
     if not names and not folders:
         raise ValueError(f"{folder}: does not exist, allowed: {ALLOWED_SOURCES}")
     if ENERGON_DIR in folders:
@@ -177,10 +195,11 @@ def _find_folder(folder: str) -> Layout:
     if LLAMA_FACTORY_FILE in names:
         return _find_llama_factory(storage.join(folder, LLAMA_FACTORY_FILE), "")
     if "tar" in suffixes:  # img2dataset writes parquet files and JSON statistics beside its tars
-        return _choose_files(folder, folder, [name for name in names if name.lower().endswith(".tar")])
+        tars = [name for name in names if name.lower().endswith(".tar") or _find_packed_kind(name) == "tar"]
+        return _choose_files(folder, folder, tars)
     if suffixes & IMAGE_SUFFIXES or set(names) & set(METADATA_FILES) or _has_images_below(folder, names, folders):
         return Layout("images", (folder,), folder)
-    if suffixes & KIND_BY_SUFFIX.keys():
+    if suffixes & KIND_BY_SUFFIX.keys() or any(map(_find_packed_kind, names)):
         return _choose_files(folder, folder, names)
     if "data" in folders:  # as the hub stores a data set
         return _find_folder(storage.join(folder, "data"))
@@ -200,7 +219,7 @@ def _has_images_below(folder: str, names: list[str], folders: list[str]) -> bool
     return any(
         split_suffix(name)[1] in IMAGE_SUFFIXES or name in METADATA_FILES
         for below in folders[:3]
-        for name in storage.list_files(storage.join(folder, below))
+        for name in list_visible(storage.join(folder, below))
     )
 
 

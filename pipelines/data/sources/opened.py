@@ -12,6 +12,16 @@ from pipelines.data.sources.layouts import find_layout
 from pipelines.data.sources.rows import IMAGE_COLUMNS, KNOWN_COLUMNS, SourceRecord, convert_row
 from pipelines.data.sources.tables import read_arrow, read_csv, read_parquet
 from pipelines.data.sources.tar_rows import read_tar_records
+from pipelines.data.tars import COMPRESSION_MAGIC
+
+FILE_MAGIC = {
+    **{magic: (program, "plain files; unpack it first") for magic, program in COMPRESSION_MAGIC.items()},
+    b"PK\x03\x04": ("zip or Excel", "plain files; unpack it, or export the table as CSV"),
+    b"PAR1": ("parquet", "the suffix .parquet"),
+    b"ARROW1": ("arrow", "the suffix .arrow"),
+    b"SQLite format 3": ("SQLite", "a table that is exported as CSV"),
+}
+"""Kinds of files by their first bytes, and what is allowed in place of another kind."""
 
 
 class RecordSource:
@@ -50,9 +60,7 @@ class RecordSource:
                     yield convert_row(row, self.columns, self.prompt, origin, may_be_record=False)
             return
         for url in self.layout.files:
-            size = min(storage.get_size(url), len(LFS_POINTER))
-            if storage.read_ranges([(url, 0, size)])[0] == LFS_POINTER.encode():
-                raise ValueError(f"{url}: {LFS_ADVICE}")
+            self._check_beginning(url)
             if self.layout.kind == "tar":
                 yield from read_tar_records(url, self.columns, self.prompt, self.layout.excluded.get(url, frozenset()))
                 continue
@@ -60,6 +68,18 @@ class RecordSource:
             for position, row in self._read_rows(url):
                 # only JSON has no values that a record cannot store
                 yield convert_row(row, self.columns, self.prompt, f"{name}: {position}", self.layout.kind == "json")
+
+    def _check_beginning(self, url: str) -> None:
+        """Check that the first bytes of a file are not those of another kind than that of its name."""
+        size = min(storage.get_size(url), len(LFS_POINTER))
+        beginning = storage.read_ranges([(url, 0, size)])[0]
+        if beginning == LFS_POINTER.encode():
+            raise ValueError(f"{url}: {LFS_ADVICE}")
+        kind = self.layout.kind
+        for magic, (found, advice) in FILE_MAGIC.items():
+            # the reader of tars has its own message for compressed ones
+            if beginning.startswith(magic) and found != kind and kind != "tar":
+                raise ValueError(f"{url}: got {found}, which is read as {kind}, allowed: {advice}")
 
     def _read_rows(self, url: str) -> Iterator[tuple[str, Any]]:
         if self.layout.kind == "parquet":

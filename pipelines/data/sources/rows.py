@@ -7,7 +7,8 @@ or by a column map:
   content in parts; or pairs `user` and `assistant` in `texts`
 - one round: `question` and `answer`, `instruction`, `input` and `output`, or `prompt` and `response`
 - a caption: `caption`, `text` or `txt`; the question is empty, or the `prompt` of the settings
-- the image: `image`, `images`, `jpg` and so on: a path, bytes, a data URL, or an object with one of them
+- the image: `image`, `images`, `jpg` and so on: a path, bytes, a data URL, base64, or an object with one of
+  them
 
 A record that is in LLaVA's form already is not changed. The position of an image is where a turn has `<image>` or an
 image part. Rows whose form has no tags get `<image>` at the start of the first question.
@@ -65,6 +66,12 @@ PART_FIELDS = ("image", "image_url", "path", "url", "base64", "bytes")
 
 EMBEDDED_IMAGE = "(embedded)"
 """Path of an image whose bytes came with its row, if the row names none."""
+
+MIN_BASE64_CHARACTERS = 128
+"""Length from which a text that begins as an image in base64 is one. Smaller image files hardly exist."""
+
+_BASE64_IMAGE_BEGINNINGS = ("/9j/", "iVBORw0KGgo", "R0lGODlh", "R0lGODdh", "UklGR")
+"""First bytes of JPEG, PNG, GIF and WEBP in base64."""
 
 _DATA_URL = re.compile(r"data:[^,;]*(?:;[^,;]*)*?(;base64)?,", re.IGNORECASE)
 
@@ -137,7 +144,9 @@ def _is_llava(row: dict) -> bool:
         # without turns of any form, the row is rejected as a record
         return not row.keys() & KNOWN_COLUMNS and not isinstance(turns, str)
     image = row.get("image")
-    if "images" in row or not isinstance(image, str | int | float | None) or str(image).startswith("data:"):
+    if "images" in row or not isinstance(image, str | int | float | None):
+        return False
+    if isinstance(image, str) and (image.startswith("data:") or _is_base64_image(image)):
         return False
     return all(
         isinstance(turn, dict)
@@ -184,7 +193,7 @@ class _Conversion:
         if (name := self._get("id", *ID_COLUMNS)) is not None:
             # JSON has no number for NaN
             is_plain = isinstance(name, str | int) or (isinstance(name, float) and math.isfinite(name))
-            record["id"] = name if is_plain else shorten(name)
+            record["id"] = name if is_plain else shorten(name if isinstance(name, dict | list) else str(name))
         if path is not None:
             record["image"] = path
         record["conversations"] = [{"from": turn.role, "value": turn.text} for turn in turns]
@@ -219,6 +228,10 @@ class _Conversion:
         kinds = [kind for kind in readers if kind in self.columns] or list(readers)
         turns = next((turns for kind in kinds if (turns := readers[kind]())), None)
         if turns is None:
+            # a caption that is no text is named with its value
+            is_any = "text" in kinds and "text" not in self.columns
+            if is_any and (name := next((name for name in TEXT_COLUMNS if name in self.row), None)):
+                raise RowError(RecordRejection("malformed", name, shorten(self.row[name]), "a caption is text"))
             wanted = ", ".join(self.columns[kind] for kind in kinds if kind in self.columns)
             detail = f"no column {wanted}" if wanted else "no column with a conversation, a question or a caption"
             raise RowError(RecordRejection("malformed", "", f"columns {shorten(list(self.row))}", detail))
@@ -300,15 +313,19 @@ class _Conversion:
                 raise RowError(RecordRejection("malformed", field_name, shorten(part), detail))
 
     def _read_rounds(self) -> list[_Turn]:
+        names: tuple[str, str | None, str] | None
         if "question" in self.columns:
-            names = (self.columns["question"], self.columns.get("input", ""), self.columns.get("answer", "answer"))
+            names = (self.columns["question"], self.columns.get("input"), self.columns.get("answer", "answer"))
         else:
-            names = next((names for names in ROUND_COLUMNS if {names[0], names[2]} <= self.row.keys()), ("", "", ""))
-        if names[0] not in self.row:
+            names = next((names for names in ROUND_COLUMNS if {names[0], names[2]} <= self.row.keys()), None)
+        if names is None or names[0] not in self.row:
             return []
-        self.used |= set(names)
+        question_name, input_name, answer_name = names
+        self.used |= {question_name, answer_name, *([input_name] if input_name else [])}
         self.has_tags = False
-        question, further, answer = (self.row.get(name) for name in names)
+        question, answer = self.row.get(question_name), self.row.get(answer_name)
+        # a table may have a column without a name, such as the numbers of pandas' rows
+        further = self.row.get(input_name) if input_name else None
         if isinstance(further, str) and further and isinstance(question, str):
             question = f"{question}\n{further}"
         if isinstance(answer, list) and answer and all(isinstance(text, str) for text in answer):
@@ -321,7 +338,7 @@ class _Conversion:
             if not isinstance(pair, list | tuple) or len(pair) != 2:
                 raise RowError(RecordRejection("malformed", name, shorten(pair)))
             result += _make_round((f"{name}[0]", pair[0]), (f"{name}[1]", pair[1]))
-        return result + _make_round((names[0], question), (names[2], answer))
+        return result + _make_round((question_name, question), (answer_name, answer))
 
     def _read_caption(self) -> list[_Turn]:
         if "text" in self.columns:
@@ -350,6 +367,9 @@ class _Conversion:
             raise RowError(RecordRejection("several columns", " and ".join(found), "images"))
         for name in found:
             value = self.row[name]
+            if isinstance(value, list) and all(isinstance(item, int | float | list) for item in value):
+                detail = "a list of numbers or of lists; allowed: a path, or the bytes of an image file"
+                raise RowError(RecordRejection("unsupported image", name, shorten(value), detail))
             values = value if isinstance(value, list) else [value]
             self.images += [(name if len(values) == 1 else f"{name}[{number}]", v) for number, v in enumerate(values)]
 
@@ -367,7 +387,7 @@ class _Conversion:
         if len(self.images) > 1:
             names = ", ".join(name for name, _ in self.images)
             raise RowError(
-                RecordRejection("unsupported image", self.images[0][0], f"{len(self.images)} images: {names}")
+                RecordRejection("unsupported image", self.images[0][0], shorten(f"{len(self.images)} images: {names}"))
             )
         return self.images[0] if self.images else ("", None)
 
@@ -441,7 +461,14 @@ def _load_image(name: str, value: Any) -> tuple[str | None, bytes | None]:
         if not match[1]:
             raise RowError(RecordRejection("unsupported image", name, shorten(value), "a data URL without base64"))
         return EMBEDDED_IMAGE, _decode_base64(name, value[match.end() :])
+    if _is_base64_image(value):
+        return EMBEDDED_IMAGE, _decode_base64(name, value)
     return value, None
+
+
+def _is_base64_image(text: str) -> bool:
+    """Tell if a text is an image file in base64, as in the tables of MMBench. No path is so long, and begins so."""
+    return len(text) >= MIN_BASE64_CHARACTERS and text.startswith(_BASE64_IMAGE_BEGINNINGS)
 
 
 def _decode_base64(name: str, text: str) -> bytes:

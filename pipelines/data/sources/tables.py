@@ -9,9 +9,13 @@ import pyarrow as pa
 from pyarrow import ipc, parquet
 
 from pipelines.core import storage
+from pipelines.data.records import is_unicode, shorten
 
 BATCH_ROWS = 64
 """Rows that are read at a time. Their images are in memory."""
+
+CSV_DELIMITERS = ",\t;|"
+"""Separators of columns that programs write."""
 
 MAX_CELL_CHARACTERS = 2**31 - 1
 """Maximum length of a cell of a CSV file. It may hold an image as base64, which Python's default does not allow."""
@@ -23,7 +27,7 @@ def read_parquet(url: str) -> Iterator[tuple[str, dict[str, Any]]]:
         # a local file is mapped, so memory does not grow with it
         with parquet.ParquetFile(pa.BufferReader(_map(url))) as file:
             _check_names(url, file.schema_arrow.names)
-            yield from _list_rows(file.iter_batches(batch_size=BATCH_ROWS))
+            yield from _list_rows(url, file.iter_batches(batch_size=BATCH_ROWS))
     except (pa.ArrowException, OSError) as error:
         raise ValueError(f"{url}: no parquet file, or damaged: {error}, allowed: a whole parquet file") from None
 
@@ -41,7 +45,7 @@ def read_arrow(url: str) -> Iterator[tuple[str, dict[str, Any]]]:
             batches = iter(file)
         _check_names(url, file.schema.names)
         parts = (batch.slice(first, BATCH_ROWS) for batch in batches for first in range(0, len(batch), BATCH_ROWS))
-        yield from _list_rows(parts)
+        yield from _list_rows(url, parts)
     except (pa.ArrowException, OSError) as error:
         raise ValueError(f"{url}: no Arrow file, or damaged: {error}, allowed: a whole Arrow file") from None
 
@@ -52,23 +56,37 @@ def read_csv(url: str) -> Iterator[tuple[str, dict[str, Any]]]:
     The key None has the cells of a row that come after its last column.
     """
     chunks = io.BufferedReader(_ChunkReader(storage.read_chunks(url)))
-    text = io.TextIOWrapper(chunks, "utf-8-sig", newline="")
+    # invalid bytes become lone surrogates, so that only their record is rejected
+    text = io.TextIOWrapper(chunks, "utf-8-sig", "surrogateescape", newline="")
     # captions may contain line breaks, so the reader splits the lines
     delimiter = "\t" if url.lower().endswith(".tsv") else ","
     csv.field_size_limit(MAX_CELL_CHARACTERS)
     # strict: an open quotation mark would make one text of the lines after it
     reader = csv.DictReader(text, delimiter=delimiter, strict=True)
     try:
-        _check_names(url, list(reader.fieldnames or ()))
+        names = list(reader.fieldnames or ())
+        _check_header(url, names, delimiter)
         for row in reader:
             yield f"line {reader.line_num}", row
-    except UnicodeDecodeError as error:
-        raise ValueError(f"{url}: {error}, allowed: a table in UTF-8") from None
     except csv.Error as error:
         raise ValueError(
             f"{url}: the row after line {reader.line_num}: {error}, allowed: cells in pairs of quotation marks, or "
             "without any"
         ) from None
+
+
+def _check_header(url: str, names: list[str], delimiter: str) -> None:
+    """Check that the first line of a table of text has the names of columns."""
+    _check_names(url, names)
+    if not all(map(is_unicode, names)):
+        raise ValueError(f"{url}: got the columns {shorten(names)}, allowed: a table in UTF-8")
+    # one column alone has no room for an image and a text
+    other = next((mark for mark in CSV_DELIMITERS if len(names) == 1 and mark in names[0]), None)
+    if other:
+        raise ValueError(
+            f"{url}: got one column, {shorten(names[0])}, allowed: several columns with {delimiter!r} between them, as "
+            f"in .{'csv' if delimiter == ',' else 'tsv'} files"
+        )
 
 
 class _ChunkReader(io.RawIOBase):
@@ -108,7 +126,7 @@ def _map(url: str) -> pa.Buffer:
     return pa.py_buffer(storage.map_file(url))
 
 
-def _list_rows(batches: Iterator[pa.RecordBatch]) -> Iterator[tuple[str, dict[str, Any]]]:
+def _list_rows(url: str, batches: Iterator[pa.RecordBatch]) -> Iterator[tuple[str, dict[str, Any]]]:
     # rows are numbered over all batches, as `datasets` counts them
     number = 0
     for batch in batches:
@@ -116,6 +134,20 @@ def _list_rows(batches: Iterator[pa.RecordBatch]) -> Iterator[tuple[str, dict[st
             batch.validate(full=True)  # offsets of a damaged file may lead out of it, and texts may be no UTF-8
         except pa.ArrowInvalid as error:
             raise pa.ArrowInvalid(f"rows {number} to {number + len(batch) - 1}: {error}") from None
-        for row in batch.to_pylist():
-            yield f"row {number}", row
+        columns = [_list_values(url, name, column) for name, column in zip(batch.schema.names, batch, strict=True)]
+        for values in zip(*columns, strict=True):
+            yield f"row {number}", dict(zip(batch.schema.names, values, strict=True))
             number += 1
+
+
+def _list_values(url: str, name: str, column: pa.Array) -> list[Any]:
+    """Return the values of a column. Times that Python does not have are their numbers in the file."""
+    try:
+        return list(column.to_pylist())
+    except (OverflowError, ValueError, pa.ArrowException) as error:
+        # years after 9999, and time zones that this machine does not know
+        if pa.types.is_temporal(column.type):
+            return list(column.view(pa.int32() if column.type.bit_width == 32 else pa.int64()).to_pylist())
+        raise ValueError(
+            f"{url}: column {name} of type {column.type}: {error}, allowed: values that Python has, or no such column"
+        ) from None

@@ -13,6 +13,7 @@ no code of a dataset is run.
 import functools
 import re
 from collections.abc import Iterator
+from dataclasses import replace
 from typing import Any
 
 from pipelines.core import storage
@@ -42,7 +43,8 @@ def read_tar_records(
         excluded: keys of samples that are left out.
     """
     data, name = storage.map_file(url), url.rpartition("/")[2]
-    for sample in tars.iterate_samples(data, url):
+    tar = tars.Tar()
+    for sample in tars.iterate_samples(data, url, tar):
         if sample.key in excluded:
             continue
         origin = f"{name}: sample {tars.escape_unprintable(sample.key)}"
@@ -50,7 +52,18 @@ def read_tar_records(
         if rejection:
             yield SourceRecord(row, origin=origin, rejection=rejection)
         else:
-            yield convert_row(row, columns, prompt, origin, may_be_record=False)
+            yield _explain_link(convert_row(row, columns, prompt, origin, may_be_record=False), sample.key, tar)
+
+
+def _explain_link(given: SourceRecord, key: str, tar: tars.Tar) -> SourceRecord:
+    """Name the link that stands in the tar in place of a missing image."""
+    if given.rejection is None or given.rejection.reason != "missing image" or key not in tar.links:
+        return given
+    name, kind = tar.links[key]
+    detail = (
+        f"{tars.escape_unprintable(name)} is a {kind}, which WebDataset skips; tar --hard-dereference -h packs files"
+    )
+    return replace(given, rejection=given.rejection._replace(detail=detail))
 
 
 def _make_row(sample: TarSample, data: BytesLike, columns: Columns) -> tuple[dict[str, Any], RecordRejection | None]:
@@ -60,10 +73,14 @@ def _make_row(sample: TarSample, data: BytesLike, columns: Columns) -> tuple[dic
     row = {"key": tars.to_utf8(sample.key), **row}
     if problem:
         return row, RecordRejection(problem, "", ", ".join(members))
-    for suffix in CAPTION_SUFFIXES:
-        if suffix in members and not row.keys() & set(TURN_COLUMNS):
-            row["txt"] = _read_text(members[suffix], data)
-    if not columns and "txt" not in row and (unread := _find_unread_json(sample, data)):
+    captions = [suffix for suffix in CAPTION_SUFFIXES if suffix in members and not row.keys() & set(TURN_COLUMNS)]
+    for suffix in captions:
+        text = _read_text(members[suffix], data)
+        if isinstance(row.get(suffix), str) and row[suffix].strip() != text.strip():
+            both = f"json[{suffix}] and {suffix}"
+            return row, RecordRejection("several columns", both, shorten(text), "captions that differ")
+        row[suffix] = text
+    if not columns and not captions and (unread := _find_unread_json(sample, data)):
         return row, unread
     # members that the column map or Energon's field map names
     for column, accessor in columns.items():
