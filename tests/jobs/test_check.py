@@ -399,3 +399,20 @@ def test_all_mistakes_of_the_file_are_listed(
     checked = check(material.write_job(sets, num_workers="two", seed=-1))
     assert checked.code == 2
     assert len(checked.err.splitlines()) == 2
+
+
+def test_a_missing_checkpoint_of_an_evaluation_has_its_key(
+    material: Material, check: Callable[..., CommandResult], tmp_path: Path
+) -> None:
+    tree = {
+        "name": "asked",
+        "data": {"source": None},
+        "model": {"checkpoint": str(tmp_path / "none")},
+        "evaluate": write_questions(material, "any", list_records("b")),
+    }
+    job = tmp_path / "asked.yaml"
+    job.write_text(yaml.safe_dump(tree))
+    checked = check(job, f"--runs-dir={tmp_path / 'runs'}")
+    assert checked.code == 2
+    [problem] = checked.err.splitlines()
+    assert problem.startswith(f"redux: model.checkpoint: got {tmp_path / 'none'}, allowed: ")
