@@ -447,6 +447,12 @@ def _check_evaluation(
                         f"training set {name}, with the same image ({overlap.example}), allowed: questions that are "
                         "not trained on"
                     )
+                if overlap.copies:
+                    problems.add(
+                        f"evaluate.tasks.{task}: {len(overlap.copies)} of its questions are among {overlap.drawn} "
+                        f"drawn samples of the training set {name}, with the same image in another format or size "
+                        f"({overlap.copy_example}), allowed: questions that are not trained on"
+                    )
     *_, last = stages
     tokenizer = stages[last].reader.get_tokenizer()
     for task, texts in prompts.items():

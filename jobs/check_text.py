@@ -135,7 +135,7 @@ def format_overlap(overlap: Overlap, name: str, samples: int) -> str:
     compared = "all" if overlap.compared == samples else f"{overlap.compared:,} of {samples:,}"
     return (
         f"overlap: {len(overlap.pairs)} of {overlap.questions:,} questions of {overlap.task} are in {name} "
-        f"({compared} samples compared)"
+        f"({compared} samples compared, {overlap.drawn:,} of them also by thumbnails)"
     )
 
 

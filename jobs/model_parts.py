@@ -155,7 +155,7 @@ def check_weights(job: Job, folder: Path) -> None:
             pretrained.check_parts(model.tower, str(model.language), model.gguf_file)
             if Path(str(model.language)).is_dir() and not model.gguf_file:
                 check_templates(job, load_tokenizer(str(model.language), "language"))
-        elif job.train or answering.is_llava(model.checkpoint):
+        elif job.train or answering.is_llava(model.checkpoint, "checkpoint"):
             configure_model(model)
             pretrained.check_checkpoint(model.checkpoint)
             if Path(model.checkpoint).is_dir():

@@ -282,30 +282,31 @@ def resolve_format(
     return chosen, image_aspect_ratio or trained["image_aspect_ratio"] or "pad"
 
 
-def is_llava(path: str | PathLike) -> bool:
+def is_llava(path: str | PathLike, label: str = "model") -> bool:
     """Tell if a folder, hub id or URL has a LLaVA that redux runs.  Raises as `read_config`."""
-    config = read_config(path)
+    config = read_config(path, label)
     # Pixtral's model_type is "llava" too; its tower is not CLIP's
     tower = config.get("vision_config", {}).get("model_type", "clip_vision_model")
     return bool(config["model_type"] == "llava" and tower in TOWER_CLASSES)
 
 
-def read_config(path: str | PathLike) -> dict[str, Any]:
+def read_config(path: str | PathLike, label: str = "model") -> dict[str, Any]:
     """Read the config.json of an image-text-to-text model.
 
     Args:
         path: folder, hub id or URL (s3://).
+        label: name of the model in an error.
 
     Raises:
         ValueError: there is no such model, or it has the layout of the LLaVA repository.
     """
-    with local_copy(path, [CONFIG_NAME], "model") as folder:
+    with local_copy(path, [CONFIG_NAME], label) as folder:
         try:
             config, _ = PreTrainedConfig.get_config_dict(folder)
         except OSError as error:
             reason = " ".join(str(error).split())
-            raise ValueError(f"model: got {path}, allowed: a folder, hub id or URL of a model; {reason}") from error
-    check_layout(config, path, "model")
+            raise ValueError(f"{label}: got {path}, allowed: a folder, hub id or URL of a model; {reason}") from error
+    check_layout(config, path, label)
     if (model_type := config.get("model_type")) not in MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES:
         raise ValueError(
             f"model_type: got {model_type} in the config.json of {path}, "

@@ -6,6 +6,9 @@ Each record has its own JPEG of 64 pixels, so that reading counts and decoding d
 made into shards on a local Ray, and removed. Memory is anonymous memory: of the process that reads the source, in the
 first and in the second half of its records, and of the largest worker. Files that appear beside the shards are counted.
 The script prints the results and appends them to sources.jsonl.
+
+Memory does not grow with the records: of 200,000, the reading process has 205 and 207 MB in the two halves of an image
+folder, 203 and 203 of a CSV file, 150 and 151 of WebDataset tars with keys; a worker has 113 or 114.
 """
 
 import argparse

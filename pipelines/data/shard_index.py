@@ -106,11 +106,16 @@ class Shards:
     def __len__(self) -> int:
         return self._length
 
-    def iterate_records(self) -> Iterator[Any]:
-        """Yield the records in the order of the index, unchecked. An unreadable record skips up to 64."""
-        for first in range(0, len(self), 64):
+    def iterate_records(self, start: int = 0, stop: int | None = None) -> Iterator[Any]:
+        """Yield the records in the order of the index, unchecked. An unreadable record skips up to 64.
+
+        Args:
+            start, stop: rows of the index; None for the last one.
+        """
+        stop = len(self) if stop is None else min(stop, len(self))
+        for first in range(start, stop, 64):
             ranges = []
-            for row in self.read_rows(range(first, min(first + 64, len(self)))):
+            for row in self.read_rows(range(first, min(first + 64, stop))):
                 start = row["offset"] + row["record_at"]
                 ranges.append((storage.join(self.folder, row["shard"]), start, start + row["record_size"]))
             with contextlib.suppress(ValueError):

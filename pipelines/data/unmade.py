@@ -63,8 +63,8 @@ class UnmadeShards(Shards):
     def __len__(self) -> int:
         return len(self._records)
 
-    def iterate_records(self) -> Iterator[Any]:
-        return iter(self._records)
+    def iterate_records(self, start: int = 0, stop: int | None = None) -> Iterator[Any]:
+        return iter(self._records[start:stop])
 
     @property
     def shard_sizes(self) -> Int64[np.ndarray, " shards"]:

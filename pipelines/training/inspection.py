@@ -18,21 +18,32 @@ from typing import Any
 import numpy as np
 from PIL import Image
 
+from pipelines.core import storage
 from pipelines.data.preview import PreviewSample, draw_samples
+from pipelines.data.shard_index import Shards
 from pipelines.data.text_tokenizer import TextTokenizer
 from pipelines.training.plan import StagePlan, StageWork
 from pipelines.training.step_trace import SampleShape
 from redux.conversation import EOS_TOKEN, IGNORE_INDEX, IMAGE_TOKEN, Template
 
+CONTROL_TOKENS = r"<\|[^|<>\s]{1,40}\|>|<｜[^｜<>\s]{1,40}｜>|<(?:start|end)_of_(?:turn|utterance)>|\[/?INST\]"
+"""Control tokens of model families: ChatML, Llama, Phi, GLM, Command R; DeepSeek; Gemma, Idefics; Mistral."""
+
 TEMPLATE_MARKS = re.compile(
-    r"<\|im_start\|>|<\|im_end\|>|<\|start_header_id\|>|<\|eot_id\|>|<start_of_turn>|<\|assistant\|>|<\|user\|>|"
-    r"\[/?INST\]|^\s*(?:USER|ASSISTANT|### ?(?:Human|Assistant|Instruction|Response)):",
+    rf"{CONTROL_TOKENS}|^\s*(?:USER|ASSISTANT|### ?(?:Human|Assistant|Instruction|Response)):|"
+    r"\A(?:Human|User|Assistant|GPT):|(?:Human|User|Assistant|GPT):\s*\Z",
     re.MULTILINE,
 )
-"""Marks of conversation templates, which do not belong into the text of a turn."""
+"""Marks of conversation templates, which do not belong into the text of a turn. Roles count at its begin and end."""
 
 MAX_MARKED_SHARE = 0.05
 """Largest share of samples with marks of a template, or with several rounds under "plain", that is not a fault."""
+
+MAX_CONTROL_SHARE = 0.01
+"""The same for control tokens, which texts about language models alone contain."""
+
+MIN_CONTROL_SAMPLES = 3
+"""Fewest samples with control tokens that are not such texts."""
 
 MAX_PLAIN_QUESTIONS = 0.2
 """Largest number of different questions per sample under "plain", which leaves them out."""
@@ -45,6 +56,15 @@ FEW_IMAGES = 0.05
 
 MIN_DIGITS = 6
 """Fewest digits of an image's number that is not a mere count."""
+
+MAX_READ_IDS = 5000
+"""Records of a set, one after the other, whose ids are compared with the names of their images."""
+
+MIN_ID_SHARE = 0.1
+"""From this share of ids that name the own image on, they are names of images."""
+
+MIN_MISPLACED = 3
+"""Fewest records with the image of another one that are not a coincidence."""
 
 MAX_SHOWN_TEXT = 60
 
@@ -84,7 +104,7 @@ class SetInspection:
         image_hashes: number of samples with each image.
         faults: faults of the labels and of the tokens, by kind.
         questions: number of samples with each first question.
-        ids: id, and name of the image without suffix, of each sample with both.
+        ids: id, and name of the image without suffix, of records of the set with both.
     """
 
     stage: str
@@ -136,6 +156,7 @@ def inspect_set(
     """
     reader, plan = work.reader, work.plan
     inspection = SetInspection(plan.name, name, len(reader.sources[name]), plan.stage.objective == "language")
+    inspection.ids = _read_ids(reader.sources[name], seed)
     checker = _SampleChecker(inspection, work, tower_tokens)
     for sample in draw_samples(reader, name, count, seed, work.steps, threads):
         if sample.stored is not None:
@@ -163,8 +184,21 @@ def _note_source(inspection: SetInspection, sample: PreviewSample) -> None:
                     inspection.sides.append(opened.size)
         except Exception:  # each format raises others; the sample is unusable, and its problem says why
             inspection.formats["unreadable"] += 1
-    if isinstance(image := stored.record.get("image"), str) and stored.record.get("id") is not None:
-        inspection.ids.append((str(stored.record["id"]), PurePosixPath(image.replace("\\", "/")).stem))
+
+
+def _read_ids(shards: Shards, seed: int) -> list[tuple[str, str]]:
+    """Read id and name of the image of records that follow each other: a shift of a column moves images to neighbours.
+
+    Nothing is read from a store, where each record would be a request.
+    """
+    if not storage.is_local(shards.folder):
+        return []
+    start = int(np.random.default_rng((seed, 2)).integers(max(len(shards) - MAX_READ_IDS, 0) + 1))
+    return [
+        (str(record["id"]), PurePosixPath(image.replace("\\", "/")).stem)
+        for record in shards.iterate_records(start, start + MAX_READ_IDS)
+        if isinstance(image := record.get("image"), str) and record.get("id") is not None
+    ]
 
 
 def _find_kind(problem: str) -> str:
@@ -187,6 +221,8 @@ class _SampleChecker:
         self.is_language = work.plan.stage.objective == "language"
         self.template: Template | None = work.plan.load_template() if self.is_language else None
         self.end_id = self._find_end_token()
+        self.end_text = self._find_end_text()
+        self.control_tokens = self._list_control_tokens()
 
     def _find_end_token(self) -> int | None:
         """Find the token that must end each answer; None under "plain", whose answers end with a new line."""
@@ -197,6 +233,34 @@ class _SampleChecker:
         found = self.tokenizer.convert_tokens_to_ids(self.template.end.strip())
         # an end of several tokens, as in Phi-3's template, has its last one
         return None if found is None or found == self.tokenizer.unk_token_id else int(found)
+
+    def _list_control_tokens(self) -> list[str]:
+        """List the special tokens of the tokenizer that no text contains."""
+        if isinstance(self.tokenizer, TextTokenizer):
+            added = self.tokenizer.backend.get_added_tokens_decoder().values()
+            tokens = [token.content for token in added if token.special]
+        else:
+            tokens = list(self.tokenizer.all_special_tokens)
+        unknown = self.tokenizer.unk_token_id
+        return [
+            token for token in tokens if token != IMAGE_TOKEN and self.tokenizer.convert_tokens_to_ids(token) != unknown
+        ]
+
+    def _find_end_text(self) -> str:
+        """Find the line break that ends an answer under "plain"; "" if the tokenizer has none, or the end is a token.
+
+        Some tokenizers have tokens such as ".\\n", so that it is compared as text.
+        """
+        if self.template is None or self.template.end != "\n":
+            return ""
+        ids = self.tokenizer("a\n", add_special_tokens=False)["input_ids"]
+        return "\n" if "\n" in self._decode(ids) else ""
+
+    def _ends(self, span: Any) -> bool:
+        """Tell if learned tokens end with the end of an answer, perhaps before a line break of the template."""
+        if self.end_id is not None:
+            return self.end_id in span[-2:]
+        return self.end_text in self._decode(span[-2:])
 
     def check(self, sample: PreviewSample) -> None:
         """Check one encoded sample."""
@@ -228,8 +292,12 @@ class _SampleChecker:
         """Check the text of the turns against the template."""
         texts = [turn["value"].replace(IMAGE_TOKEN, "").strip() for turn in turns]
         self.inspection.questions[texts[0]] += 1
-        if found := next((mark for mark in map(TEMPLATE_MARKS.search, texts) if mark), None):
-            self.inspection.add_fault("template marks", f"{key}: {found[0].strip()!r} in the text of a turn")
+        found = next((mark[0].strip() for mark in map(TEMPLATE_MARKS.search, texts) if mark), "")
+        control = next((token for token in self.control_tokens if any(token in text for text in texts)), "")
+        if mark := control or found:
+            self.inspection.add_fault("template marks", f"{key}: {mark!r} in the text of a turn")
+        if control or re.fullmatch(CONTROL_TOKENS, found):
+            self.inspection.add_fault("control tokens", key)
         if self.template is not None and not self.template.human and len(turns) > 2:
             self.inspection.add_fault("plain rounds", f"{key}: {len(turns) // 2} questions")
 
@@ -245,7 +313,7 @@ class _SampleChecker:
             )
             return
         spans = [ids[span] for span in _split_spans(np.flatnonzero(is_learned))]
-        has_end = bool(spans) and (self.end_id is None or self.end_id in spans[-1][-2:])
+        has_end = bool(spans) and self._ends(spans[-1])
         # truncation may cut off answers, and the end of the last one
         if is_cut and (not has_end or len(spans) < len(answers)):
             self.inspection.truncated += 1
@@ -253,29 +321,37 @@ class _SampleChecker:
         if len(spans) != len(answers):
             self.inspection.add_fault("labels", f"{key}: {len(spans)} learned parts for {len(answers)} answers")
             return
-        # each whole answer ends with the end token, perhaps before a line break of the template
-        complete = spans[:-1] if is_cut and not has_end else spans
-        for span, answer in zip(complete, answers, strict=False):
-            if self.end_id is not None and self.end_id not in span[-2:]:
+        # each whole answer ends with the end token
+        for number, (span, answer) in enumerate(zip(spans, answers, strict=True)):
+            is_cut_off = is_cut and not has_end and number == len(spans) - 1
+            if not is_cut_off and not self._ends(span):
                 self.inspection.add_fault("end token", f"{key}: an answer ends with {self._show(span[-3:])}")
                 return
-            if not self._is_answer(span, answer):
+            if not self._is_answer(span, answer, is_cut_off):
                 self.inspection.add_fault(
                     "labels", f"{key}: learned {self._show(span)} for the answer {answer[:MAX_SHOWN_TEXT]!r}"
                 )
                 return
 
-    def _is_answer(self, span: Any, answer: str) -> bool:
-        """Tell if tokens are an answer and the text that the template puts around it."""
+    def _is_answer(self, span: Any, answer: str, is_cut_off: bool) -> bool:
+        """Tell if tokens are an answer and the text that the template puts around it, or its beginning if cut off."""
         assert self.template is not None
         text = answer.strip() if self.template.strips else answer
         end = self.template.end.replace(EOS_TOKEN, self.tokenizer.eos_token or EOS_TOKEN)
         wanted = f"{self.template.answer}{text}{end}"
-        if _squeeze(self._decode(span)) == _squeeze(wanted):
+        learned, whole = _squeeze(self._decode(span)), _squeeze(wanted)
+        if learned == whole:
             return True
+        if is_cut_off:  # the last character may be cut as well
+            learned = learned.rstrip("\ufffd")
+            return (bool(learned) and whole.startswith(learned)) or not self._gives_back(wanted)
         # a tokenizer that does not give every text back decides nothing
         alone = self.tokenizer(wanted, add_special_tokens=False)["input_ids"]
-        return _squeeze(self._decode(alone)) != _squeeze(wanted) and abs(len(alone) - len(span)) <= 1
+        return not self._gives_back(wanted) and abs(len(alone) - len(span)) <= 1
+
+    def _gives_back(self, text: str) -> bool:
+        """Tell if the tokenizer gives a text back."""
+        return _squeeze(self._decode(self.tokenizer(text, add_special_tokens=False)["input_ids"])) == _squeeze(text)
 
     def _decode(self, ids: Any) -> str:
         tokenizer = self.tokenizer.backend if isinstance(self.tokenizer, TextTokenizer) else self.tokenizer
@@ -325,7 +401,9 @@ def _list_template_problems(inspection: SetInspection, plan: StagePlan) -> Itera
     prefix = f"train.{inspection.stage}.template: got {plan.template}"
     count = inspection.questions.total()
     marked = inspection.faults.get("template marks", Findings())
-    if count and marked.count / count > MAX_MARKED_SHARE:
+    control = inspection.faults.get("control tokens", Findings()).count
+    has_controls = control >= MIN_CONTROL_SAMPLES and control / count > MAX_CONTROL_SHARE
+    if has_controls or (count and marked.count / count > MAX_MARKED_SHARE):
         yield (
             f"{prefix} for {inspection.name}, where {marked.count} of {count} samples have a template in their text "
             f"already ({marked.example}), allowed: turns of plain text, because the stage adds the template"
@@ -371,6 +449,18 @@ def list_image_problems(inspections: list[SetInspection]) -> Iterator[str]:
                     "column of images"
                 )
                 break
+        # neither the id nor the image belongs to the record, and each belongs to another one: no copy or part of it
+        by_id, by_stem = Counter(_last_part(id) for id, _ in pairs), Counter(stem for _, stem in pairs)
+        misplaced = [
+            (id, stem) for id, stem in pairs if not _names_image(id, stem) and by_stem[_last_part(id)] and by_id[stem]
+        ]
+        if own >= MIN_ID_SHARE * len(pairs) and len(misplaced) >= MIN_MISPLACED:
+            id, stem = misplaced[0]
+            yield (
+                f"data.sets.{name}: {len(misplaced)} of {len(pairs)} records have the image of another record, {own} "
+                f"their own one; record {id} has the image {stem}, allowed: the image of the record itself; check the "
+                "column of images"
+            )
         images = inspection.image_hashes
         if images.total() >= MIN_ITEMS and len(images) < FEW_IMAGES * images.total():
             yield (
@@ -384,5 +474,6 @@ def _last_part(id: str) -> str:
 
 
 def _names_image(id: str, stem: str) -> bool:
-    """Tell if an id names an image: it is its name, or ends or begins with it."""
-    return _last_part(id) == stem or (len(stem) >= 4 and stem in id)
+    """Tell if an id names an image: one contains the other, without zeros in front."""
+    shorter, longer = sorted((_last_part(id).lstrip("0"), stem.lstrip("0")), key=len)
+    return shorter == longer or (len(shorter) >= 4 and shorter in longer) or (len(stem) >= 4 and stem in id)

@@ -20,6 +20,8 @@ from tests.local_ray import run_in_process
 
 COUNT = 40
 COLOURS = ("red", "blue")
+CUT_LENGTH = 150
+"""Limit of tokens that cuts long answers."""
 
 
 def make_record(name: str, number: int, image: str | None, rounds: int = 2) -> dict[str, Any]:
@@ -160,7 +162,10 @@ def test_a_clean_job_has_no_problem(
     assert "at 2 per GPU-hour" in checked.out
     limit = "all 4 samples of a worker (global_batch_size / workers) fit into 1 GiB"
     assert checked.out.count(f"micro_batch_size: 2; {limit}") == 2
-    assert "overlap: 0 of 40 questions of clean are in chats (all samples compared)" in lines
+    assert (
+        "overlap: 0 of 40 questions of clean are in chats (all samples compared, 40 of them also by thumbnails)"
+        in lines
+    )
     # nothing was written
     assert list(tmp_path.iterdir()) == []
 
@@ -173,6 +178,16 @@ def shift_twice(ids: np.ndarray, labels: np.ndarray) -> np.ndarray:
     return np.roll(labels, -1)
 
 
+def lose_last_label(ids: np.ndarray, labels: np.ndarray) -> np.ndarray:
+    last = np.flatnonzero(labels != IGNORE_INDEX)[-1]
+    return np.where(np.arange(len(labels)) == last, IGNORE_INDEX, labels)
+
+
+def shift_cut_ones(ids: np.ndarray, labels: np.ndarray) -> np.ndarray:
+    is_cut = len(ids) == CUT_LENGTH
+    return np.where(np.roll(labels != IGNORE_INDEX, -1), ids, IGNORE_INDEX) if is_cut else labels
+
+
 def mask_all(ids: np.ndarray, labels: np.ndarray) -> np.ndarray:
     return np.full_like(labels, IGNORE_INDEX)
 
@@ -182,6 +197,7 @@ def mask_all(ids: np.ndarray, labels: np.ndarray) -> np.ndarray:
     [
         (shift_labels, "train.instruct.data: chats: 48 of 48 samples: sample"),
         (shift_twice, "train.instruct.data: chats: 48 of 48 samples: sample"),
+        (lose_last_label, "train.pretrain.data: captions: 40 of 40 samples: sample"),
         (mask_all, "no token has a label, allowed: at least one learned token in each sample"),
     ],
 )
@@ -204,6 +220,30 @@ def test_faulty_labels(
     assert checked.code == 2
     assert line in checked.err
     assert all("train." in problem for problem in checked.err.splitlines())
+
+
+def test_shifted_labels_of_samples_that_are_cut(
+    material: Material,
+    sets: dict[str, str],
+    check: Callable[..., CommandResult],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    long = [make_record("text", number, None) for number in range(COUNT)]
+    for record in long:
+        record["conversations"][1]["value"] = " ".join(["yes one shape is red"] * 60)
+    job = material.write_job({**sets, "chats": material.store("long", long)}, train__instruct__max_length=CUT_LENGTH)
+    assert check(job).code == 0
+    encode = ingest.encode_conversation
+
+    def encode_wrongly(*args: Any) -> tuple[np.ndarray, np.ndarray]:
+        ids, labels = encode(*args)
+        return ids, shift_cut_ones(ids, labels)
+
+    monkeypatch.setattr(ingest, "encode_conversation", encode_wrongly)
+    checked = check(job)
+    assert checked.code == 2
+    assert "train.instruct.data: chats: 40 of 40 samples: sample" in checked.err
+    assert "learned 'ASSISTANT: yes one shape" in checked.err
 
 
 def test_image_tokens_other_than_the_towers(
@@ -268,6 +308,64 @@ def test_data_faults_are_listed_together(
         assert any(expected in problem for problem in problems), (expected, problems)
 
 
+@pytest.mark.parametrize(
+    ("question", "answer", "mark"),
+    [
+        ("<｜User｜>{}", "{}<｜end▁of▁sentence｜>", "<｜User｜>"),
+        ("{}<|end|>", "{}<|end|>", "<|end|>"),
+        ("{}", "{}</s>", "</s>"),
+        ("Human: {}\n\nAssistant:", "{}", "Human:"),
+        ("{}<end_of_utterance>", "{}", "<end_of_utterance>"),
+    ],
+    ids=["deepseek", "phi", "vicuna's end", "roles", "idefics"],
+)
+def test_templates_of_other_models_in_some_turns(
+    question: str, answer: str, mark: str, material: Material, sets: dict[str, str], check: Callable[..., CommandResult]
+) -> None:
+    records = list_records("b")
+    for record in records[:4]:
+        for number, turn in enumerate(record["conversations"]):
+            tag, text = ("<image>\n", turn["value"][8:]) if number == 0 else ("", turn["value"])
+            turn["value"] = tag + (answer if number % 2 else question).format(text)
+    folder = material.store(f"marked-{len(question)}-{len(answer)}", records)
+    checked = check(material.write_job({**sets, "chats": folder}))
+    assert checked.code == 2
+    [problem] = checked.err.splitlines()
+    assert "train.instruct.template: got vicuna_v1 for chats, where 4 of 40 samples" in problem
+    assert f"{mark!r} in the text of a turn" in problem
+
+
+def test_images_that_some_records_exchanged(
+    material: Material, sets: dict[str, str], check: Callable[..., CommandResult]
+) -> None:
+    def swap(count: int, name: str) -> CommandResult:
+        records = list_records("b")
+        images = [record["image"] for record in records[:count]]
+        for record, image in zip(records[:count], [*images[1:], *images[:1]], strict=True):
+            record["image"] = image
+        return check(material.write_job({**sets, "chats": material.store(name, records)}))
+
+    checked = swap(COUNT // 2, "half")
+    assert checked.code == 2
+    assert "data.sets.chats: 20 of 40 records have the image of another record, 20 their own one" in checked.err
+    # two records may be a coincidence
+    assert swap(2, "two").code == 0
+
+
+def test_parts_and_copies_of_images_belong_to_their_records(
+    material: Material, sets: dict[str, str], check: Callable[..., CommandResult]
+) -> None:
+    """Names of crops contain the id; other records have ids of their own, and images that have their own records."""
+    records = list_records("b")
+    for number, record in enumerate(records):
+        if number % 4 == 1:
+            record["id"], record["image"] = f"b-{number - 1:06d}", f"b/b-{number - 1:06d}.png"
+            record["conversations"][1]["value"] = f"yes {number}"
+        if number % 4 == 2:
+            record["id"] = f"question-{number}"
+    assert check(material.write_job({**sets, "chats": material.store("copies", records)})).code == 0
+
+
 def test_missing_files_of_all_kinds_are_listed_together(
     material: Material, sets: dict[str, str], check: Callable[..., CommandResult], tmp_path: Path
 ) -> None:
@@ -301,3 +399,20 @@ def test_all_mistakes_of_the_file_are_listed(
     checked = check(material.write_job(sets, num_workers="two", seed=-1))
     assert checked.code == 2
     assert len(checked.err.splitlines()) == 2
+
+
+def test_a_missing_checkpoint_of_an_evaluation_has_its_key(
+    material: Material, check: Callable[..., CommandResult], tmp_path: Path
+) -> None:
+    tree = {
+        "name": "asked",
+        "data": {"source": None},
+        "model": {"checkpoint": str(tmp_path / "none")},
+        "evaluate": write_questions(material, "any", list_records("b")),
+    }
+    job = tmp_path / "asked.yaml"
+    job.write_text(yaml.safe_dump(tree))
+    checked = check(job, f"--runs-dir={tmp_path / 'runs'}")
+    assert checked.code == 2
+    [problem] = checked.err.splitlines()
+    assert problem.startswith(f"redux: model.checkpoint: got {tmp_path / 'none'}, allowed: ")
