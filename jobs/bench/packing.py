@@ -420,13 +420,12 @@ def measure_packer_speed(
 
 
 def make_conversations(samples: int, image_tokens: int, seed: int = 1) -> list[dict[str, np.ndarray]]:
-    """Make conversations of the lengths of the mixture, divided by SPEED_SCALE."""
+    """Make conversations of the lengths of the mixture, divided by SPEED_SCALE; text after the maximum is cut."""
     lengths = draw_lengths(samples, seed)
     rng = np.random.default_rng(seed)
-    return [
-        make_conversation(int(text), image_tokens if has_image else 0, rng)
-        for text, has_image in zip(lengths.text // SPEED_SCALE, lengths.has_image, strict=True)
-    ]
+    counts = image_tokens * lengths.has_image
+    texts = np.minimum(lengths.text // SPEED_SCALE, MAX_TOKENS // SPEED_SCALE - 1 - counts)
+    return [make_conversation(int(text), int(count), rng) for text, count in zip(texts, counts, strict=True)]
 
 
 def build_speed_model(has_cmai: bool) -> "LlavaWithLoss":
