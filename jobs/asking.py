@@ -20,10 +20,10 @@ def find_question(job: Job, run: Path) -> SampleQuestion | None:
         try:
             questions = tasks.load_questions(name, task)
             folder = tasks.find_image_folder(name, task)
-        except (OSError, ValueError):  # the files of the evaluation are no longer there
+        except (OSError, ValueError):  # The files of the evaluation are no longer there
             continue
         for question in questions:
             if isinstance(question.image, str):
-                # benchmarks ask for a short answer in a second line
+                # Benchmarks ask for a short answer in a second line.
                 return SampleQuestion(storage.join(folder, question.image), question.prompt.strip().splitlines()[0])
     return None

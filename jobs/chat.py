@@ -74,7 +74,7 @@ def ask(options: AskOptions) -> str:
         ValueError: the model or an image cannot be read, or an option is out of range.
     """
     sampling = build_sampling(options)
-    find_model(options.model)  # a wrong model is named before a wrong image
+    find_model(options.model)  # A wrong model is named before a wrong image
     if os.path.isfile(options.question):  # Path.is_file() raises for a long question
         raise ValueError(
             f"QUESTION: got the file {options.question}, allowed: a question as the last argument: {ASK_USAGE}"
@@ -98,7 +98,7 @@ def run_chat(options: ChatOptions) -> None:
         ValueError: the model or a first image cannot be read, or an option is out of range.
     """
     sampling = build_sampling(options)
-    find_model(options.model)  # a wrong model is named before a wrong image
+    find_model(options.model)  # A wrong model is named before a wrong image
     images = [read_image_file(image) for image in options.images]
     model = open_model(options)
     conversation = Conversation(model, sampling, images)
@@ -208,7 +208,7 @@ class Conversation:
         try:
             self.model.generate([chat], [self.sampling], show)
         except KeyboardInterrupt:
-            if not sys.stdin.isatty():  # nobody would go on
+            if not sys.stdin.isatty():  # Nobody would go on
                 raise
             print(" …", end="")
         print()

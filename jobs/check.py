@@ -157,7 +157,7 @@ def _check_preparations(job: Job, folder: Path, problems: ProblemList) -> None:
     """Check everything that needs no sample."""
     for name, url in job.data.sets.items():
         with problems.collect(f"data.sets.{name}", prefix=f"data.sets.{name}: "):
-            if name not in job.data.make and not is_finished(url):  # data in another form
+            if name not in job.data.make and not is_finished(url):  # Data in another form
                 _check_source(f"data.sets.{name}", SetSource(source=url), problems)
             elif name not in job.data.make:
                 _check_set(job, name, storage.make_absolute(url))
@@ -174,13 +174,13 @@ def _check_preparations(job: Job, folder: Path, problems: ProblemList) -> None:
             resolve.check_image_backend(name, stage)
     for name, task in job.evaluation_tasks.items():
         if task.held_out:
-            continue  # its questions are samples of a set, which are checked there
+            continue  # Its questions are samples of a set, which are checked there
         with problems.collect(f"evaluate.tasks.{name}", prefix=f"evaluate.tasks.{name}"):
             evaluate.check_task(name, resolve.resolve_task(task))
     with problems.collect("model"):
         try:
             model_parts.check_weights(replace(job, model=model_parts.locate_parts(job.model)), folder)
-        except UnmappedWeightsError as error:  # a job may be checked on a smaller machine than it runs on
+        except UnmappedWeightsError as error:  # A job may be checked on a smaller machine than it runs on
             print(f"note: the names of the weights were not checked: {error}")
     with problems.collect():
         claims.Claim.from_folder(folder, job).find_changes()
@@ -219,7 +219,7 @@ def _check_source(key: str, source: SetSource, problems: ProblemList) -> None:
     """Check the records of a set that the job makes, and that their images are in the folder."""
     try:
         opened = RecordSource(source)
-        # the first part alone, since a source may have any size
+        # The first part alone, since a source may have any size.
         sample = list(itertools.islice(opened, MAX_READ_RECORDS))
     except ValueError as error:
         raise ValueError(f"{key}.source: {error}" if key.startswith("data.make.") else f"{key}: {error}") from None
@@ -234,7 +234,7 @@ def _check_source(key: str, source: SetSource, problems: ProblemList) -> None:
             unusable=key,
         )
     images = ImageFolder(storage.make_absolute(opened.images))
-    # images in the source are read with the samples
+    # Images in the source are read with the samples.
     named = [
         str(record["image"])
         for given, (record, _, _) in zip(sample, admitted, strict=True)
@@ -251,7 +251,7 @@ def _check_source(key: str, source: SetSource, problems: ProblemList) -> None:
 
 def _has_image(images: ImageFolder, path: str) -> bool:
     if not images.is_local:
-        return True  # found by the samples, which are fewer
+        return True  # Found by the samples, which are fewer
     try:
         images.read(path)
     except (FileNotFoundError, OutsideError):
@@ -266,7 +266,7 @@ def _drop_unusable(job: Job, problems: ProblemList) -> Job | None:
     }
     train = {name: stage for name, stage in job.train.items() if not broken & stage.mixture.keys()}
     tasks = {name: task for name, task in job.evaluation_tasks.items() if not problems.has(f"evaluate.tasks.{name}")}
-    # without these nothing can be encoded or counted
+    # Without these nothing can be encoded or counted.
     if not train or any(map(problems.has, ("model", "train", "trackers"))):
         return None
     try:
@@ -305,7 +305,7 @@ def _check_stages(job: Job, folder: Path, options: CheckOptions, problems: Probl
             for inspected in stage_sets:
                 for line in inspections.list_problems(inspected, work.plan):
                     problems.add(line)
-            # samples are checked by their images; memory is that of what training reads
+            # Samples are checked by their images; memory is that of what training reads.
             training = work._replace(reader=replace(work.reader, features=features))
             _print_stage(training, shape, stage_sets, options, device, capacity, problems)
         for line in inspections.list_image_problems(found):
@@ -319,7 +319,7 @@ def _build_config(job: Job, folder: Path, stages: dict[str, StageWork]) -> Any:
     from transformers import AutoTokenizer
 
     config = model_parts.read_job_config(job, folder)
-    # contrastive stages have another one, and come first
+    # Contrastive stages have another one, and come first.
     tokenizer = AutoTokenizer.from_pretrained(list(stages.values())[-1].plan.tokenizer)
     config.image_token_index = config.image_token_id = tokenizer.convert_tokens_to_ids(IMAGE_TOKEN)
     config.text_config.vocab_size = max(config.text_config.vocab_size, len(tokenizer))
@@ -434,7 +434,7 @@ def _check_evaluation(
     print()
     for task, settings in job.evaluate.tasks.items():
         if settings.held_out:
-            continue  # by its definition not trained on
+            continue  # By its definition not trained on
         with problems.collect():
             questions = EvaluationImages.from_task(task, settings)
             prompts[task] = questions.prompts
@@ -468,7 +468,7 @@ def _check_disk(job: Job, folder: Path, shapes: dict[str, ModelShape], problems:
     needed = 0
     for name, stage in job.train.items():
         shape = shapes[name]
-        # weights in fp32 and two moments; the next checkpoint is written before an old one is deleted
+        # Weights in fp32 and two moments; the next checkpoint is written before an old one is deleted.
         kept = stage.save_total_limit + stage.save_best_limit + 1
         needed += 12 * shape.num_trained * kept + shape.num_elements * (2 if stage.precision == "bf16" else 4)
     where = f"checkpoints and models need about {format_bytes(needed)}"

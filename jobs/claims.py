@@ -64,7 +64,7 @@ def claim(
     """Write settings to the file in their folder; arguments, result and errors as for `find_changes`."""
     result = find_changes(path, settings, find_use, allow_changes)
     resolved = document.write(settings)
-    # an unchanged file keeps its time
+    # An unchanged file keeps its time.
     if not path.exists() or path.read_text(encoding="utf-8") != resolved:
         storage.write(str(path), resolved.encode())
     return result
@@ -109,7 +109,7 @@ class Claim:
     def enforce(self, allow_changes: bool = False) -> None:
         """Write the job into the folder, and mark outdated preparations and an outdated report as unfinished."""
         keys = claim(self.folder / JOB_FILE, self.job, self.find_use, allow_changes)
-        # a setting that a phase has used was refused above, or the user allowed to keep its result
+        # A setting that a phase has used was refused above, or the user allowed to keep its result.
         outdated = set().union(*(self.find_dependents(key) for key in keys if not self.find_use(key)))
         path = self.folder / PROGRESS_FILE
         entries = jsonl.read(path)
@@ -122,7 +122,7 @@ class Claim:
     def find_use(self, key: str) -> str:
         """Find the first phase that has started and depends on a setting; "" if there is none."""
         phases = self.find_dependents(key)
-        if phases & PREPARATIONS:  # every stage trains on their results
+        if phases & PREPARATIONS:  # Every stage trains on their results
             phases = phases.union(*self.stages)
         return next((name for name in (*self._all_stages, "evaluate") if name in phases & self.started), "")
 
@@ -138,10 +138,10 @@ class Claim:
         if section in ("name", "checkpoints"):
             return {*self._all_stages, "evaluate", "report"}
         if section == "train" and subkey:
-            # the name of a stage may hold dots
+            # The name of a stage may hold dots.
             stage = max((name for name in self._all_stages if f"{subkey}.".startswith(f"{name}.")), key=len)
             setting = subkey.removeprefix(stage).removeprefix(".").partition(".")[0]
-            # a changed stage also changes all later ones, in the order before and in the new one
+            # A changed stage also changes all later ones, in the order before and in the new one.
             orders = [order[order.index(stage) :] for order in self.stages if stage in order]
             preparations = {"": PREPARATIONS, "data": {"shards"}, "template": {"shards"}, "precision": {"assemble"}}
             return {*itertools.chain(*orders), *preparations.get(setting, ()), "evaluate", "report"}
@@ -160,7 +160,7 @@ def _read(path: Path, schema: type) -> dict[str, Any]:
         ValueError: the file has keys of an earlier version, whose values cannot be compared.
     """
     try:
-        # written and read again, as plain values in which every default is explicit
+        # Written and read again, as plain values in which every default is explicit.
         return yaml.safe_load(document.write(document.read(path, (), schema)))
     except document.JobError as error:
         if former := next((problem for problem in error.problems if document.FORMER_KEY in problem), None):

@@ -39,20 +39,20 @@ def main(argv: Sequence[str] | None = None) -> int:
         that of a job on a cluster.
     """
     _survive_lost_outputs()
-    # torch, transformers and Ray make a million objects that stay; by default, a sixth of the CPU time of their imports
-    # is spent on looking for garbage among them
+    # Imports of torch, transformers and Ray make a million objects that stay; by default, a sixth of their CPU time is
+    # spent on looking for garbage among them.
     gc.set_threshold(50_000)
     arguments = _build_parser().parse_args(argv)
-    if not sys.stderr.isatty():  # in a log each refresh of a bar is a line; tqdm reads this at import
+    if not sys.stderr.isatty():  # In a log each refresh of a bar is a line; tqdm reads this at import
         os.environ.setdefault("TQDM_MININTERVAL", "10")
-    # no bar per file that transformers reads; it reads this at import
+    # No bar per file that transformers reads; it reads this at import.
     os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
-    # SIGTERM of a scheduler and SIGHUP of a closed terminal unwind like Ctrl-C
+    # SIGTERM of a scheduler and SIGHUP of a closed terminal unwind like Ctrl-C.
     with interrupts.handle_signals():
         try:
             return arguments.verb(arguments) or 0
         except BaseException as error:
-            # an interrupt may appear as another error: of an import, of a library, of a stopping Ray
+            # An interrupt may appear as another error: of an import, of a library, of a stopping Ray.
             if interrupts.was_interrupted() or isinstance(error, KeyboardInterrupt):
                 resumes = getattr(arguments, "resumes", False)
                 advice = "; the same command continues from the last checkpoint" if resumes else ""
@@ -102,9 +102,9 @@ def _survive_lost_outputs() -> None:
     """
     for name in ("stdout", "stderr"):
         stream = getattr(sys, name)
-        if stream is None:  # closed by the shell, as with >&-
+        if stream is None:  # Closed by the shell, as with >&-
             setattr(sys, name, open(os.devnull, "w"))  # noqa: SIM115  open until the process ends
-        elif stream is getattr(sys, f"__{name}__"):  # not if a test or a notebook has replaced it
+        elif stream is getattr(sys, f"__{name}__"):  # Not if a test or a notebook has replaced it
             raw = io.BufferedWriter(_Output(stream.fileno(), "w", closefd=False))
             setattr(sys, name, io.TextIOWrapper(raw, stream.encoding, "backslashreplace", line_buffering=True))
 
@@ -117,7 +117,7 @@ class VerbParser(argparse.ArgumentParser):
     def parse_known_args(self, args: Any = None, namespace: Any = None) -> Any:
         """Parse options, then all other words as arguments.  The parser above calls this method."""
         has_actions = any(action.nargs == argparse.PARSER for action in self._actions)
-        # parse_known_intermixed_args of Python 3.11 calls this method for each of its two passes
+        # parse_known_intermixed_args of Python 3.11 calls this method for each of its two passes.
         if has_actions or self._is_inner_call:
             return super().parse_known_args(args, namespace)
         self._is_inner_call = True
@@ -144,7 +144,7 @@ class VerbParser(argparse.ArgumentParser):
         for word in options:
             if new_name := FORMER_OPTIONS.get(word.partition("=")[0]):
                 self.error(f"{word}: this option is now {new_name}")
-        # the words after an unknown option are perhaps its values
+        # The words after an unknown option are perhaps its values.
         self.error(f"unrecognized arguments: {' '.join(options or words)}")
 
 

@@ -37,7 +37,7 @@ def format_costs(names: Sequence[str], model: str, text: int) -> str:
     def build_config(preset: Preset) -> ReduxConfig:
         return ReduxConfig(**{**saved.to_dict(), **preset.methods}) if saved else build_llava_config(model, preset)
 
-    # the base of the shares: the same model without the methods
+    # The base of the shares: the same model without the methods.
     llava_cost = compute_cost(build_config(PRESETS["llava"]), text)
     lines = [
         COST_ROW_FORMAT.format("preset", "tokens", "block: kept + clusters", "GFLOPs", "share", "KV MiB", "description")
@@ -46,7 +46,7 @@ def format_costs(names: Sequence[str], model: str, text: int) -> str:
         try:
             lines.append(_format_row(name, preset.description, build_config(preset), text, llava_cost.flops))
         except ValueError as error:
-            # a preset that the user named is an error; in the list of all it is a line
+            # A preset that the user named is an error; in the list of all it is a line.
             if name in names:
                 raise ValueError(f"{name}: {error}") from None
             lines.append(f"{name:<18} does not fit: {error}")
@@ -77,7 +77,7 @@ def _read_config(folder: Path) -> ReduxConfig:
         if json.loads((folder / "config.json").read_text(encoding="utf-8"))["model_type"] == "llava":
             return ReduxConfig.from_pretrained(folder)
     except (OSError, LookupError, TypeError, ValueError, StrictDataclassError):
-        pass  # no file, or not the object of a LLaVA; transformers' error for a wrong type is none of Python's
+        pass  # No file, or not the object of a LLaVA; transformers' error for a wrong type is none of Python's
     missing = "" if folder.is_dir() else f"; {describe_missing(folder)}"
     raise ValueError(
         f"--model: got {folder}, allowed: {', '.join(VICUNA_SIZES)}, or the folder of a LLaVA, with its config.json"

@@ -51,7 +51,7 @@ def choose_heads(job: Job, folder: Path, settings: DecisiveHeads) -> Job:
     kept = {"settings": json.loads(json.dumps(asdict(settings))), "checkpoint": checkpoint}
     path = folder / HEADS_FILE
     found = json.loads(path.read_text()) if path.exists() else {}
-    # a resumed run has the same heads, also if rounding on another device would rank them differently
+    # A resumed run has the same heads, also if rounding on another device would rank them differently.
     if {name: found.get(name) for name in kept} != kept:
         print(f"{job.name}: measuring the heads of {checkpoint} on {settings.samples} samples of {settings.data}")
         examples = list(read_examples(job, settings))
@@ -77,7 +77,7 @@ def read_examples(job: Job, settings: DecisiveHeads) -> Iterator[Example]:
         for sample in samples:
             yield _make_example(sample.id, sample.record, sample.image or None)
         return
-    # the records of easy-VQA are in its package, also if no stage of the study trains on this set
+    # The records of easy-VQA are in its package, also if no stage of the study trains on this set.
     records = EASY_VQA_SETS[settings.data]()
     for position in spread_evenly(len(records), settings.samples):
         record = records[position]

@@ -26,13 +26,13 @@ T = TypeVar("T")
 FORMER_KEY = "this key is now"
 """Beginning of the problem of a key that was renamed."""
 
-# YAML 1.1 reads `1e-3` and `1.5e3` as text, because it requires a dot and a signed exponent; here they are numbers
+# YAML 1.1 reads `1e-3` and `1.5e3` as text, because it requires a dot and a signed exponent; here they are numbers.
 _EXPONENT = re.compile(r"[-+]?(?:\d+\.?\d*|\.\d+)[eE][-+]?\d+$")
 
 _NOT_DECIMAL = re.compile(r"[-+]?0[\dxb_]|.*:")
 """Octal, hexadecimal, binary and base-60 numbers of YAML 1.1."""
 
-# a misspelled key is often also a missing one, so unknown keys are reported first
+# A misspelled key is often also a missing one, so unknown keys are reported first.
 _PRIORITY = {"unexpected_keyword_argument": 0, "missing": 2}
 
 
@@ -83,7 +83,7 @@ def read_tree(path: Path, overrides: Sequence[str] = ()) -> Any:
 def build(tree: Any, schema: type[T], source: str) -> T:
     """Build a dataclass tree from plain values; JobError, which begins with `source`, if they do not fit."""
     try:
-        # JSON mode is strict, but accepts a list for a tuple and 1 for a float; "1" and true remain errors
+        # JSON mode is strict, but accepts a list for a tuple and 1 for a float; "1" and true remain errors.
         return cast(T, _get_adapter(schema).validate_json(json.dumps([tree]), strict=True)[0])
     except ValidationError as error:
         raise JobError(*(f"{source}: {problem}" for problem in _describe(error, tree, schema))) from error
@@ -115,8 +115,8 @@ _ADAPTERS: dict[type, TypeAdapter[Any]] = {}
 
 
 def _get_adapter(schema: type) -> TypeAdapter[Any]:
-    # pydantic 2 takes a config for a container but not for a dataclass, and passes it on to all dataclasses inside. So
-    # a one-tuple around the schema makes the whole tree strict without pydantic in any of its classes
+    # Pydantic 2 takes a config for a container but not for a dataclass, and passes it on to all dataclasses inside. So
+    # a one-tuple around the schema makes the whole tree strict without pydantic in any of its classes.
     strict = ConfigDict(extra="forbid", strict=True, allow_inf_nan=False)
     if schema not in _ADAPTERS:
         container: Any = types.GenericAlias(tuple, (schema,))
@@ -174,13 +174,13 @@ _Loader.yaml_implicit_resolvers = {
 def _parse(text: str, source: str) -> Any:
     """Parse YAML to plain values; an error begins with `source`."""
     try:
-        # through JSON, so that an override of one section does not change another that shares its anchor; as bytes,
-        # because half of a surrogate pair could not be written again
+        # Through JSON, so that an override of one section does not change another that shares its anchor; as bytes,
+        # because half of a surrogate pair could not be written again.
         return json.loads(json.dumps(yaml.load(text, Loader=_Loader), ensure_ascii=False).encode())
     except yaml.MarkedYAMLError as error:
         mark = error.problem_mark or error.context_mark
         position = f" line {mark.line + 1}, column {mark.column + 1}:" if mark else ""
-        # the problem of a second document begins with "but", after the context
+        # The problem of a second document begins with "but", after the context.
         words = (
             (error.context, error.problem)
             if str(error.problem).startswith("but ")
@@ -211,7 +211,7 @@ def set_value(tree: Any, dotted: str, value: Any, source: str) -> None:
         if isinstance(section, list) and key.isdecimal() and int(key) < len(section):
             key = int(key)
         elif isinstance(section, dict):
-            # the longest existing key with dots, otherwise the next part of the path
+            # The longest existing key with dots, otherwise the next part of the path.
             lengths = range(len(keys) - depth, 1, -1)
             length = next((length for length in lengths if ".".join(keys[depth : depth + length]) in section), 1)
             key = ".".join(keys[depth : depth + length])
@@ -222,7 +222,7 @@ def set_value(tree: Any, dotted: str, value: Any, source: str) -> None:
         if depth == len(keys):
             section[key] = value
         elif isinstance(section, dict) and section.get(key) is None:
-            section[key] = {}  # a missing section, or one without content, which YAML reads as null
+            section[key] = {}  # A missing section, or one without content, which YAML reads as null
         section = section[key]
 
 
@@ -239,11 +239,11 @@ def _describe(error: ValidationError, tree: Any, schema: type) -> Iterator[str]:
     """Describe each mistake in a line, those first that may cause others."""
     details: dict[tuple[str | int, ...], ErrorDetails] = {}
     for detail in sorted(_drop_other_members(error.errors(), tree), key=_get_priority):
-        # one problem per location: a union reports an error for each of its members
+        # One problem per location: a union reports an error for each of its members.
         details.setdefault(_find_location(detail, tree), detail)
     for location, detail in details.items():
         problem = _describe_problem(detail, location, schema)
-        # the error of a dataclass's own check starts with the name of a field, which continues the path
+        # The error of a dataclass's own check starts with the name of a field, which continues the path.
         of_field = detail["type"] == "value_error" and problem.partition(":")[0].partition(".")[0] in list_field_names(
             find_type(schema, location)
         )
@@ -267,7 +267,7 @@ def _drop_other_members(details: list[ErrorDetails], tree: Any) -> list[ErrorDet
     dropped = {
         loc
         for loc in with_unknown_keys
-        if loc[-1] not in _find_trail(loc, tree)[-1:]  # the name of a member, which pydantic adds to the path
+        if loc[-1] not in _find_trail(loc, tree)[-1:]  # The name of a member, which pydantic adds to the path
         and any(other[:-1] == loc[:-1] and other not in with_unknown_keys for other in sections)
     }
     return [detail for detail in details if not any(detail["loc"][: len(loc)] == loc for loc in dropped)]

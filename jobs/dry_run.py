@@ -61,10 +61,10 @@ def open_stages(job: Job, folder: Path) -> Iterator[dict[str, StageWork]]:
             plan = replace(plan, tokenizer=tokenizers[plan.tokenizer])
             mixture = {source: sources[source] for source in plan.stage.mixture}
             if any(isinstance(shards, UnmadeShards) for shards in mixture.values()):
-                plan = replace(plan, features={})  # features of a set can only be written when it is made
+                plan = replace(plan, features={})  # Features of a set can only be written when it is made
             for source, shards in mixture.items():
                 plan.check_prepared(source, shards.prepared_format)
-            # images are shown and checked, also where training reads stored features
+            # Images are shown and checked, also where training reads stored features.
             reader = replace(plan.build_reader(mixture), features={})
             result[name] = StageWork(plan, reader, plan.count_steps(reader.order))
         yield result

@@ -82,7 +82,7 @@ def export_model(
         raise ValueError(f"out: got {out}, which holds files, allowed: an empty or new folder")
     try:
         return out, _export_folder(source, stage, step, out, options)
-    except BaseException:  # an incomplete model would block the same command
+    except BaseException:  # An incomplete model would block the same command
         with suppress(OSError, ValueError):
             storage.remove_folder(out)
         raise
@@ -108,7 +108,7 @@ def _export_folder(source: Path, stage: str | None, step: int | None, out: str, 
         else:
             tokenizer.save_pretrained(folder)
         model.save_pretrained(folder, max_shard_size=export.MAX_SHARD_SIZE)
-        # written here first: transformers can save to a local folder only, and `out` may be a URL
+        # Written here first: transformers can save to a local folder only, and `out` may be a URL.
         export.upload_folder(Path(folder), out, str(source))
     return str(source)
 
@@ -128,7 +128,7 @@ def _export_checkpoint(run: Path, stage: str | None, step: int | None, out: str,
 
     def add_card(folder: Path) -> None:
         if plan.stage.objective == "contrastive":
-            return  # a CLIP, which is not a model of this library
+            return  # A CLIP, which is not a model of this library
         model = ExportedModel(
             run=run,
             stage=name,
@@ -167,7 +167,7 @@ def _check_form(job: Job, plan: StagePlan, options: ExportOptions) -> None:
 
 def _choose_checkpoint(plan: StagePlan, step: int | None) -> SavedCheckpoint:
     """Choose the checkpoint after a step, or the newest one; ValueError if there is none."""
-    # damaged checkpoints are listed too, but not as SavedCheckpoint
+    # Damaged checkpoints are listed too, but not as SavedCheckpoint.
     entries = checkpoint.list_newest_first(plan.folder)
     by_step = {entry.manifest.cursor: entry for entry in entries if isinstance(entry, SavedCheckpoint)}
     chosen_step = max(by_step, default=0) if step is None else step
@@ -184,7 +184,7 @@ def _find_base(job: Job, plans: Mapping[str, StagePlan], stage: str) -> str:
         raise ValueError(
             f"--adapter: got stage {stage}, which started from random weights, allowed: one that starts from a model"
         )
-    # the first stage starts from a copy of the checkpoint, which has the same weights
+    # The first stage starts from a copy of the checkpoint, which has the same weights.
     return job.model.checkpoint if job.model.checkpoint and stage == next(iter(plans)) else start
 
 
@@ -194,5 +194,5 @@ def _is_evaluated(plans: Mapping[str, StagePlan], stage: str, saved: SavedCheckp
     if stage != list(plans)[-1] or not is_complete(plan.result):
         return False
     source = json.loads(storage.read(storage.join(plan.result, MANIFEST)))["from"]
-    # the run folder may have been moved since
+    # The run folder may have been moved since.
     return str(source).rpartition("/")[2] == checkpoint.format_name(saved.manifest.cursor)

@@ -106,7 +106,7 @@ def _write_data(answers: InitAnswers) -> list[str]:
         f"      images: {_quote(answers.images)}",
     ]
     if answers.bad_fraction:
-        # rounded up, because the same records are rejected again
+        # Rounded up, because the same records are rejected again.
         share = min(answers.bad_fraction * 1.01 + 0.0001, 1)
         lines.append(f"      max_bad_fraction: {share:.4f}  # share of the records that may be rejected")
     return lines

@@ -73,7 +73,7 @@ class Dialog:
             except ValueError as error:
                 print(f"  {error}")
                 if answer == offered:
-                    offered = ""  # a default that was refused is not offered again
+                    offered = ""  # A default that was refused is not offered again
 
 
 def init(path: Path, takes_defaults: bool) -> None:
@@ -96,7 +96,7 @@ def init(path: Path, takes_defaults: bool) -> None:
         print("Enter takes the answer in brackets.")
     answers = ask_all(Dialog(takes_defaults))
     text = write_job(answers)
-    with path.open("x", encoding="utf-8") as file:  # never over a file that appeared meanwhile
+    with path.open("x", encoding="utf-8") as file:  # Never over a file that appeared meanwhile
         file.write(text)
     schema.load(path)
     print(f"{path}: written. Look for mistakes, which takes a minute:\n    redux check {path}")
@@ -176,7 +176,7 @@ def parse_data(text: str) -> str:
     try:
         source = RecordSource(SetSource(source=data))
     except ValueError as error:
-        # easy-vqa is allowed here as well; the error may end with advice
+        # The set easy-vqa is allowed here as well; the error may end with advice.
         raise ValueError(str(error).replace(", allowed: ", f", allowed: {EASY_VQA}, ", 1)) from None
     first = list(itertools.islice(source, MAX_CHECKED_RECORDS))
     rejections = [entry.rejection or records.find_rejection(entry.record, None) for entry in first]
@@ -246,7 +246,7 @@ def parse_questions(text: str) -> str | None:
     try:
         custom.read_questions(str(path), "exact")
     except ValueError:
-        # prompts that `redux instructions` wrote have another form
+        # Prompts that `redux instructions` wrote have another form.
         try:
             instructions.read_questions(str(path))
         except ValueError:

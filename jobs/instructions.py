@@ -21,7 +21,7 @@ QUESTION_FORMS: tuple[AnswerKeys, ...] = (("question_id", "text"), ("id", "quest
 def write_prompts(arguments: argparse.Namespace) -> None:
     """Write the prompts and print their number; ValueError if a question or the output file cannot be used."""
     questions = read_questions(arguments.questions) if arguments.questions else easy_vqa.draw_questions()
-    # drawn with the seed, so that the same command writes the same file
+    # Drawn with the seed, so that the same command writes the same file.
     if arguments.pairs:
         prompts = instructions.build_pair_questions(questions, arguments.per_task, arguments.seed)
     else:

@@ -110,7 +110,7 @@ def look(options: LookOptions) -> str:
 def _collect(options: LookOptions) -> tuple[str, str, list[StageView]]:
     """Collect what is shown: a title, a sentence about it, and the stages."""
     path = Path(options.source)
-    # a job is a file, or the folder of its run
+    # A job is a file, or the folder of its run.
     if options.source.endswith((".yaml", ".yml")):
         return _collect_job(options, path, run=None)
     if (path / JOB_FILE).exists():
@@ -279,7 +279,7 @@ def _load_encoder(job: Job, folder: Path, plan: StagePlan) -> Encoder:
     if patches == tokens:
         return Encoder(None, f"all {patches:,} are kept")
     counts = f"{patches:,} become {tokens:,} tokens"
-    # what the run has trained so far
+    # What the run has trained so far.
     if belongs_to_run(job, folder):
         for name in (plan.name, *list(job.train)[: list(job.train).index(plan.name)][::-1]):
             model = locate_model(job, folder, name)
@@ -288,7 +288,7 @@ def _load_encoder(job: Job, folder: Path, plan: StagePlan) -> Encoder:
                 return Encoder(load_image_encoder(config, **{source: model}), f"{counts}, by the model after {name}")
     if assembled := model_parts.find_assembled(job, folder):
         return Encoder(load_image_encoder(config, checkpoint=assembled), f"{counts}, by the pretrained tower")
-    # weights of whole models are large, so they are read only where they are
+    # Weights of whole models are large, so they are read only where they are.
     weights: Any = job.model.checkpoint or job.model.tower
     if not isinstance(weights, str):
         return Encoder(None, f"{counts}; not shown, because the tower is not trained yet")

@@ -73,7 +73,7 @@ def find_assembled(job: Job, folder: Path) -> Path | None:
     assembled = folder / ASSEMBLED_FOLDER
     if not assembled.exists():
         return None
-    # the file has absolute paths
+    # The file has absolute paths.
     located = replace(job, model=locate_parts(job.model))
     keys = claims.find_changes(folder / JOB_FILE, located)
     changed = [key for key in keys if not is_in_sections(key, KEYS_WITHOUT_EFFECT)]
@@ -93,7 +93,7 @@ def configure_model(model: ModelSettings) -> ReduxConfig:
         assert model.tower
         assert isinstance(model.language, str)
         return pretrained.configure_assembly(model.tower, model.language, gguf_file=model.gguf_file, **model.methods)
-    except StrictDataclassError as error:  # transformers 5 raises it for a config.json, and it is not a ValueError
+    except StrictDataclassError as error:  # Raised by transformers 5 for a config.json; no ValueError
         part, got = (
             ("checkpoint", model.checkpoint) if model.checkpoint else ("tower", f"{model.tower}, {model.language}")
         )
@@ -115,7 +115,7 @@ def measure_image(job: Job, folder: Path) -> tuple[int, int]:
 def read_job_config(job: Job, folder: Path) -> ReduxConfig:
     """Read the configuration of a pretrained model, without its weights; ValueError if it cannot be built."""
     try:
-        # once the model is assembled, its parts are no longer needed
+        # Once the model is assembled, its parts are no longer needed.
         assembled = find_assembled(job, folder)
         return ReduxConfig.from_pretrained(assembled) if assembled else configure_model(job.model)
     except ValueError as error:
@@ -130,7 +130,7 @@ def check_stage_packing(job: Job, folder: Path) -> None:
     """
     packing = [name for name, stage in job.train.items() if stage.packing]
     if not packing or not job.model.has_pretrained_language:
-        return  # a model that is built from sizes can
+        return  # A model that is built from sizes can
     assembled = find_assembled(job, folder)
     try:
         config = ReduxConfig.from_pretrained(assembled) if assembled else configure_model(job.model)
@@ -147,11 +147,11 @@ def check_weights(job: Job, folder: Path) -> None:
     """
     model = job.model
     if not model.has_pretrained_language or find_assembled(job, folder):
-        return  # the run has made its own copy, so the parts may be gone
+        return  # The run has made its own copy, so the parts may be gone
     try:
         if not model.checkpoint:
             if not model.is_pretrained:
-                configure_model(model)  # of a pretrained tower the plans read it
+                configure_model(model)  # Of a pretrained tower the plans read it
             pretrained.check_parts(model.tower, str(model.language), model.gguf_file)
             if Path(str(model.language)).is_dir() and not model.gguf_file:
                 check_templates(job, load_tokenizer(str(model.language), "language"))
@@ -193,9 +193,9 @@ def assemble_parts(job: Job, folder: Path, tower: str | None = None) -> None:
     """
     if folder.exists():
         return
-    # weights that every stage reads as bf16 take half the space and time
+    # Weights that every stage reads as bf16 take half the space and time.
     is_half = all(stage.precision == "bf16" for stage in job.train.values() if stage.objective == "language")
-    torch.manual_seed(job.seed)  # the projector of assembled parts is random
+    torch.manual_seed(job.seed)  # The projector of assembled parts is random
     settings = replace(job.model, tower=tower) if tower else job.model
     model, tokenizer = _load_or_assemble(settings, torch.bfloat16 if is_half else torch.float32)
     check_templates(job, tokenizer)
@@ -206,7 +206,7 @@ def assemble_parts(job: Job, folder: Path, tower: str | None = None) -> None:
             model.save_pretrained(unfinished)
             tokenizer.save_pretrained(unfinished)
         os.replace(unfinished, folder)
-    except BaseException:  # such as a full disk or a signal
+    except BaseException:  # Such as a full disk or a signal
         shutil.rmtree(unfinished, ignore_errors=True)
         raise
 

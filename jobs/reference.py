@@ -56,7 +56,7 @@ class KeyEntry:
 
 def list_keys(file_kind: str) -> list[KeyEntry]:
     """List the keys of a kind of file, in the order of their dataclasses."""
-    # a key of several classes, such as `when`, is listed once
+    # A key of several classes, such as `when`, is listed once.
     return list(dict.fromkeys(_walk(SCHEMAS[file_kind], "", _load_examples(file_kind))))
 
 
@@ -67,7 +67,7 @@ def explain(key: str) -> str:
         ValueError: no file has such a key.
     """
     entries_by_kind = {file_kind: list_keys(file_kind) for file_kind in SCHEMAS}
-    # the job inside a study or a search has the keys of a job file
+    # The job inside a study or a search has the keys of a job file.
     path = re.sub(r"^job\.", "", key)
     for file_kind, entries in entries_by_kind.items():
         matches = [entry for entry in entries if _is_match(entry.path, path)]
@@ -76,9 +76,9 @@ def explain(key: str) -> str:
             parts = [f"{entry.path} ({file_kind} file)\n{_write_lines(entry)}" for entry in matches]
             parts += [f"{entry.path}\n{_write_lines(entry)}" for entry in below]
             return "\n".join(parts)
-    # a search and a study have some keys of a job
+    # A search and a study have some keys of a job.
     paths = list(dict.fromkeys(entry.path for entries in entries_by_kind.values() for entry in entries))
-    # by the last part, which is the name that a user remembers
+    # By the last part, which is the name that a user remembers.
     names = list(dict.fromkeys(other.rpartition(".")[2] for other in paths))
     close = difflib.get_close_matches(path.rpartition(".")[2], names, n=3, cutoff=0.6)
     similar = [other for name in close for other in paths if other.rpartition(".")[2] == name]
@@ -114,7 +114,7 @@ def read_meanings(cls: type) -> dict[str, str]:
     """Read what the docstrings of a dataclass and its bases say of each field: entries `name: text`."""
     names = {field.name for field in fields(cls)}
     meanings: dict[str, str] = {}
-    # a derived class repeats none of the entries of its bases, but may replace one
+    # A derived class repeats none of the entries of its bases, but may replace one.
     for base in reversed(cls.__mro__):
         current: tuple[str, ...] = ()
         for line in inspect.cleandoc(base.__dict__.get("__doc__") or "").splitlines():
@@ -122,7 +122,7 @@ def read_meanings(cls: type) -> dict[str, str]:
             if entry and names.issuperset(entry[1].split(", ")):
                 current = tuple(entry[1].split(", "))
                 meanings |= dict.fromkeys(current, entry[2])
-            # an indented line continues the entry before
+            # An indented line continues the entry before.
             elif current and line.startswith(" "):
                 meanings |= {name: f"{meanings[name]} {line.strip()}" for name in current}
             else:
@@ -147,7 +147,7 @@ def _walk(cls: type, prefix: str, examples: list[Any]) -> Iterator[KeyEntry]:
             if is_dataclass(member) and isinstance(member, type):
                 yield from _walk(member, f"{path}.", values)
             elif isinstance(origin := get_origin(member), type) and issubclass(origin, Mapping):
-                # keys that users choose have one entry, with the values of all of them as examples
+                # Keys that users choose have one entry, with the values of all of them as examples.
                 items = [item for tree in values if isinstance(tree, dict) for item in tree.values()]
                 for item_type in type_text.list_members(get_args(member)[1]):
                     if is_dataclass(item_type) and isinstance(item_type, type):
@@ -199,7 +199,7 @@ def _load_examples(file_kind: str) -> list[Any]:
     distinctive_keys = {"study": "variants", "search": "space"}
     if file_kind in distinctive_keys:
         return [tree for tree in trees if distinctive_keys[file_kind] in tree]
-    # a job file has no key that the others lack
+    # A job file has no key that the others lack.
     return [tree for tree in trees if not set(distinctive_keys.values()) & tree.keys()]
 
 

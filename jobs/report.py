@@ -43,7 +43,7 @@ def render_again(folder: Path, examples: int | None = None) -> Path:
     folder = folder.resolve()
     try:
         job = schema.load(folder / JOB_FILE)
-    except ValueError:  # of an earlier version: its answers say which model gave them
+    except ValueError:  # Of an earlier version: its answers say which model gave them
         options = Report() if examples is None else Report(examples=examples)
         return run_report.write_run_report(folder, options, None, _describe_model(_read_evaluated(folder))).path
     options = job.report if examples is None else replace(job.report, examples=examples)
@@ -89,7 +89,7 @@ def _describe_model(evaluated: EvaluatedModel | None) -> ReportedModel | None:
     if evaluated is None:
         return None
     try:
-        # a local folder that training has not made yet; a hub id or a URL is read
+        # A local folder that training has not made yet; a hub id or a URL is read.
         if Path(evaluated.model).is_absolute() and not (Path(evaluated.model) / CONFIG_FILE).exists():
             return None
         if not answering.is_llava(evaluated.model):
@@ -108,7 +108,7 @@ def send_to_trackers(job: Job, folder: Path, scores: dict[str, float], report: W
         group = trackers.TrackerGroup(
             job.trackers, folder, job.name, TRACKER_STAGE, 0, document.write_plain(job), print
         )
-    except ValueError as error:  # the results are written, so a missing key of a tracker is not a failure
+    except ValueError as error:  # The results are written, so a missing key of a tracker is not a failure
         print(error)
         return
     group.write(1, scores)

@@ -43,8 +43,8 @@ def resolve_job(job: Job, folder: Path) -> Job:
             raise ValueError(f"data.sets.{name}: {url} has no samples, allowed: at least one")
         asked = {task.held_out for task in job.evaluation_tasks.values()}
         if job.data.hold_out and name in asked.union(*(stage.mixture for stage in job.train.values())):
-            select_held_out(samples, job.data.hold_out, name)  # raises if a set is too small
-    # packages are looked for now: workers would import them only after the data is made
+            select_held_out(samples, job.data.hold_out, name)  # Raises if a set is too small
+    # Packages are looked for now: workers would import them only after the data is made.
     trackers.check_trackers(job.trackers)
     for name, stage in job.train.items():
         if stage.lora:
@@ -104,7 +104,7 @@ def _resolve_formats(job: Job, folder: Path) -> Job:
     trained = {"template": saved.get("conversation_template"), "image_aspect_ratio": saved.get("image_aspect_ratio")}
     train = {name: stage.resolve_format(**trained) for name, stage in job.train.items()}
     settings = job.evaluate
-    # a model of another library has no saved format, so its settings stay as they are
+    # A model of another library has no saved format, so its settings stay as they are.
     if settings and (saved or train):
         last = list(train.values())[-1] if train else None
         if last:

@@ -81,14 +81,14 @@ def run(
     if until:
         names = list(work)
         work = {name: work[name] for name in names[: names.index(until) + 1]}
-    # read first without the lock and without Ray: to repeat the command of a finished run costs seconds
+    # Read first without the lock and without Ray: to repeat the command of a finished run costs seconds.
     changes = claims.Claim.from_folder(folder, job).find_changes(allow_changes)
     if not changes and not work.keys() - _list_finished(job, folder):
         print(_describe_result(job, folder, until))
         return
     claims.make_folder(folder)
     with run_lock(folder, patience_s):
-        # another process may have worked on this run until now, so its progress is read again
+        # Another process may have worked on this run until now, so its progress is read again.
         claims.Claim.from_folder(folder, job).enforce(allow_changes)
         done = _list_finished(job, folder)
         remaining = {name: phase for name, phase in work.items() if name not in done}
@@ -97,7 +97,7 @@ def run(
             return
         if done:
             print(f"{job.name} continues with {next(iter(remaining))}; finished: {', '.join(done)}")
-        # all that can fail for a mistake of the user fails before Ray starts
+        # All that can fail for a mistake of the user fails before Ray starts.
         _check_stored_images(job, folder)
         _check_features(job, folder)
         if job.checkpoints and job.train.keys() & remaining.keys():
@@ -134,7 +134,7 @@ def _run_phases(phases: Mapping[str, Callable[[], None]], progress: Path, starte
         started_at: monotonic time from which the first phase counts, because preparations belong to it.
     """
     for name, phase in phases.items():
-        # a library may have swallowed the exception of a signal that came during the phase before
+        # A library may have swallowed the exception of a signal that came during the phase before.
         interrupts.raise_if_interrupted()
         key = "interrupted"
         try:
@@ -142,7 +142,7 @@ def _run_phases(phases: Mapping[str, Callable[[], None]], progress: Path, starte
             key = "step"
         finally:
             ended_at = time.monotonic()
-            with suppress(OSError):  # a full disk has ended the phase, and its error says more
+            with suppress(OSError):  # A full disk has ended the phase, and its error says more
                 jsonl.append(progress, [{key: name, "wall_s": ended_at - started_at}])
         started_at = ended_at
 
@@ -156,7 +156,7 @@ def _check_resources(job: Job, steps_left: Collection[str]) -> None:
         ValueError: resources are missing; the text names numbers that fit.
     """
     if not cluster.is_private():
-        return  # an autoscaler or the end of another job may bring what is missing
+        return  # An autoscaler or the end of another job may bring what is missing
     max_processes = cluster.count_model_processes(job.gpu_share)
     trains = bool(job.train.keys() & set(steps_left))
     fewest = job.worker_range[0] if trains and job.worker_range else 1
@@ -205,7 +205,7 @@ def run_lock(folder: Path, patience_s: float = 0) -> Iterator[None]:
         reraise=True,
     )
     with (folder / LOCK).open("w") as file:
-        # the kernel releases the lock of a process that was killed, so no stale lock can remain
+        # The kernel releases the lock of a process that was killed, so no stale lock can remain.
         try:
             retrying(fcntl.flock, file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
@@ -236,12 +236,12 @@ def list_phases(
     if job.generated_sets or job.data.make or not job.model.is_pretrained:
         result["shards"] = lambda: _make_shards(job, sets, folder / TOKENIZER)
     if any(task.held_out for task in job.evaluation_tasks.values()):
-        # before training, so that samples which are not questions are noticed early
+        # Before training, so that samples which are not questions are noticed early.
         result["questions"] = lambda: _write_questions(job, sets, folder)
     model_parts.check_weights(job, folder)
     model_parts.check_stage_packing(job, folder)
-    last = list(stages)[-1] if stages else ""  # the ledger names the stage before an evaluation
-    # parts are joined before the first language stage; before it, contrastive stages may train the tower
+    last = list(stages)[-1] if stages else ""  # The ledger names the stage before an evaluation
+    # Parts are joined before the first language stage; before it, contrastive stages may train the tower.
     trains_parts = job.model.has_pretrained_language
     towers = [plan for plan in stages.values() if trains_parts and plan.stage.objective == "contrastive"]
     plans = [plan for plan in stages.values() if plan not in towers]
@@ -269,7 +269,7 @@ def _list_stages(
     plans: Sequence[StagePlan], watch: driver.StopCallback | None, group: driver.WorkerGroup | None
 ) -> dict[str, Callable[[], None]]:
     """List the phases of stages that the same workers can train one after the other."""
-    # workers stay for the later stages, which then start without loading torch again
+    # Workers stay for the later stages, which then start without loading torch again.
     return {
         plan.name: functools.partial(
             driver.train_stage, plan, should_stop=watch, group=group, later=plans[number:] if group else ()
@@ -295,7 +295,7 @@ def _check_stored_images(job: Job, folder: Path) -> None:
         for name, source in job.data.make.items()
         if source.image_size
     }
-    # plans read the configuration of a pretrained model, so they are built only if a set needs them
+    # Plans read the configuration of a pretrained model, so they are built only if a set needs them.
     if any(prepared.values()):
         for plan in plan_stages(job, folder).values():
             for name in plan.stage.mixture:
@@ -323,7 +323,7 @@ def plan_stages(job: Job, folder: Path, allow_changes: bool = False) -> dict[str
     start: str | None = None
     is_joined = False
     for name, stage in job.train.items():
-        # a tower from sizes is trained alone, with captions, until it is joined with a pretrained language model
+        # A tower from sizes is trained alone, with captions, until it is joined with a pretrained language model.
         if job.model.has_pretrained_language and stage.objective == "language" and not is_joined:
             start, is_joined = str(assembled), True
         result[name] = StagePlan(
@@ -350,7 +350,7 @@ def plan_stages(job: Job, folder: Path, allow_changes: bool = False) -> dict[str
             trackers=tuple(job.trackers),
             allow_changes=allow_changes,
         )
-        # a path that does not exist yet: the stage before writes it
+        # A path that does not exist yet: the stage before writes it.
         start = result[name].result
     return result
 
@@ -413,8 +413,8 @@ def _make_shards(job: Job, sets: dict[str, str], tokenizer: Path) -> None:
     for name, set_records in generated.items():
         shard_writer.make_shards(set_records, str(easy_vqa.PACKAGE_IMAGES), sets[name], options)
     if job.model.is_pretrained:
-        return  # pretrained parts bring their tokenizer
-    # its words are those of all sets, also of sets that earlier commands made
+        return  # Pretrained parts bring their tokenizer
+    # Its words are those of all sets, also of sets that earlier commands made.
     mixed = list_word_sets(job)
     others = [shard_index.Shards(sets[name]).iterate_records() for name in sorted(mixed - generated.keys())]
     made = [set_records for name, set_records in generated.items() if name in mixed]

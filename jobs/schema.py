@@ -24,7 +24,7 @@ from redux.architecture import ModelSettings
 OTHER_PHASES = ("shards", "questions", "assemble", "evaluate", "report")
 """Phases of a job besides its stages: names that no stage may have."""
 
-# names of jobs and stages become folders, so they must not lead out of the run folder
+# Names of jobs and stages become folders, so they must not lead out of the run folder.
 Name = Annotated[str, StringConstraints(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$")]
 Workers = Annotated[int, Ge(1)]
 Auto = Literal["auto"]
@@ -78,7 +78,7 @@ class Job:
             raise ValueError("train: got no stages, allowed: at least one, or none with model.checkpoint and evaluate")
         if self.data.source and (taken := set(self.data.set_names) & set(EASY_VQA_SETS)):
             raise ValueError(f"data.sets: got {min(taken)}, allowed: other names than {', '.join(EASY_VQA_SETS)}")
-        # each check sees the whole job: what a stage may be depends on the others and on the model
+        # Each check sees the whole job: what a stage may be depends on the others and on the model.
         self._check_objectives()
         self._check_held_out()
         self._check_features()
@@ -89,7 +89,7 @@ class Job:
     def worker_range(self) -> tuple[int, int] | None:
         """Fewest and most workers; None if that is decided when a stage begins."""
         if self.num_workers == "auto":
-            return (1, 1) if self.gpu_share < 1 else None  # no two workers share a GPU
+            return (1, 1) if self.gpu_share < 1 else None  # No two workers share a GPU
         return (self.num_workers, self.num_workers) if isinstance(self.num_workers, int) else self.num_workers
 
     @property
@@ -159,7 +159,7 @@ class Job:
             )
         if name in OTHER_PHASES:
             raise ValueError(f"train: got a stage {name}, allowed: any other name than {', '.join(OTHER_PHASES)}")
-        # of a range, a stage uses a number that divides the batch, see Stage.count_usable_workers
+        # Of a range, a stage uses a number that divides the batch, see Stage.count_usable_workers.
         if isinstance(self.num_workers, int):
             try:
                 stage.count_accumulation_steps(self.num_workers)

@@ -28,7 +28,7 @@ def score(arguments: argparse.Namespace) -> None:
     if arguments.submission and arguments.task not in with_submission:
         raise ValueError(f"--submission: got task {arguments.task}, allowed: {', '.join(with_submission)}")
     if arguments.task == INSTRUCTIONS_TASK:
-        # imported late, because its checkers take a second to load
+        # Imported late, because its checkers take a second to load.
         instructions = import_module("redux.benchmarks.instructions")
         verdicts = list(instructions.score_lines(read_text(arguments.answers), arguments.answers))
         _require_answers(arguments.answers, verdicts)
@@ -46,7 +46,7 @@ def score(arguments: argparse.Namespace) -> None:
     metrics = benchmark.compute_metrics(rows)
     if arguments.submission and benchmark.build_submission:
         _write_submission(arguments.submission, json.dumps(benchmark.build_submission(rows)))
-    # a submission is scored elsewhere, so reference answers may be missing then
+    # A submission is scored elsewhere, so reference answers may be missing then.
     scores = compute_scores(metrics, "--questions") if metrics or not arguments.submission else {}
     print(json.dumps({"task": arguments.task, "scores": scores, "questions": len(questions), "missing": missing}))
 

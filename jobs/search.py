@@ -84,13 +84,13 @@ class TrialJobs:
         self.shared_stages = shared[0].train if shared else {}
         self.tree = study.continue_from(search.job, search.shared, *shared) if shared else search.job
         tokenizer = shared[1] / run.TOKENIZER if shared else None
-        # pretrained parts bring their own tokenizer, so the shared run has none
+        # Pretrained parts bring their own tokenizer, so the shared run has none.
         has_tokenizer = tokenizer is not None and tokenizer.exists()
         self.vocabulary = len(AutoTokenizer.from_pretrained(tokenizer)) if has_tokenizer else LLAMA_VOCABULARY
 
     def __call__(self, values: Values, name: str = "trial") -> Job:
         """Build the job of a trial; ValueError if these values make no job."""
-        # later values win: those of the trial over the file's, and the file's over the counts of this machine
+        # Later values win: those of the trial over the file's, and the file's over the counts of this machine.
         changes = self.counts | self.search.fidelity | values
         job = study.build_job(self.tree, changes, f"{self.search.name}-{name}", "job")
         study.check_templates(self.search.shared, {**self.shared_stages, **job.train}, "search")
@@ -148,7 +148,7 @@ def _check(search: Search) -> None:
         except ValueError as error:
             raise ValueError(f"references.{name}: {error}") from None
     varied = [*search.space, *search.fidelity, *(key for values in search.references.values() for key in values)]
-    # the shared run has used these settings, so a trial cannot change them
+    # The shared run has used these settings, so a trial cannot change them.
     fixed = ["data", *(f"train.{stage}" for stage in search.shared)]
     fixed += [f"model.{part}" for part in ("tower", "language", "gguf_file", "checkpoint")] if search.shared else []
     for key in varied:
@@ -157,7 +157,7 @@ def _check(search: Search) -> None:
                 f"{key}: got other values for trials, allowed: none, because all trials share {sections[0]}"
             )
     _check_pruning(search, job)
-    # limits are checked too, except for a model from sizes, whose vocabulary is not known yet
+    # Limits are checked too, except for a model from sizes, whose vocabulary is not known yet.
     check_space(
         Space(search.space),
         functools.partial(check_feasible, search, jobs.forecast)
@@ -207,14 +207,14 @@ def run_search(search: Search, folder: Path, allow_changes: bool = False) -> Non
     """
     folder = folder.resolve()
     job = TrialJobs(search)({})
-    # a misspelt objective would be noticed only after the first trial
+    # A misspelt objective would be noticed only after the first trial.
     _check_metrics(search, job, folder)
     claims.make_folder(folder)
     with run.run_lock(folder), cluster.open_session():
         _claim(search, folder, allow_changes)
         _check_resources(search, job)
         shared = _run_shared_stages(search, folder / SHARED, allow_changes)
-        # counts of workers depend on this machine, so they are chosen at each start and not written into the search
+        # Counts of workers depend on this machine, so they are chosen at each start and not written into the search.
         jobs = TrialJobs(search, shared, _divide_resources(search, job))
         trials = Trials(search, search.name, folder, jobs.forecast)
 
@@ -223,7 +223,7 @@ def run_search(search: Search, folder: Path, allow_changes: bool = False) -> Non
             run.run(trial_job, trial_folder, watch=watch, patience_s=PATIENCE_S)
             return _read_metrics(trial_job, trial_folder)
 
-        # `cleaned` lives as long as the search: the weights of a trial are deleted once
+        # `cleaned` lives as long as the search: the weights of a trial are deleted once.
         on_trials_ended = functools.partial(_write_results, folder=folder, jobs=jobs, cleaned=set())
         stage = list(job.train)[-1] if job.train else None
         tuning.run_trials(trials, folder, run_trial, on_trials_ended, stage, job.recovery.grace_s)
@@ -250,13 +250,13 @@ def _claim(search: Search, folder: Path, allow_changes: bool) -> None:
     keys = claims.claim(folder / SEARCH_FILE, search, find_use, allow_changes)
     if not has_trials and not all(is_in_sections(key, SEARCH_MAY_CHANGE_ON_RESUME) for key in keys):
         discard_study(search, search.name, folder)
-    open_storage(search, folder)  # reports a wrong `storage` before any work
+    open_storage(search, folder)  # Reports a wrong `storage` before any work
 
 
 def _run_shared_stages(search: Search, folder: Path, allow_changes: bool) -> tuple[Job, Path] | None:
     """Run the shared stages; returns their job and folder, or None if trials share nothing."""
     job = study.build_job(search.job, {}, f"{search.name}-{SHARED}", "job")
-    # sets in other forms than shards are made once, and trials read them
+    # Sets in other forms than shards are made once, and trials read them.
     job = replace(job, data=resolve.resolve_data(job.data, folder))
     until = search.shared[-1] if search.shared else "shards"
     if until not in run.list_phases(job, folder):
@@ -295,7 +295,7 @@ def _read_metrics(job: Job, trial_folder: Path) -> dict[str, float]:
     result = json.loads((trial_folder / RESULT_FILE).read_text())
     if job.train:
         stage = list(job.train)[-1]
-        # None stands for a loss that was not finite
+        # None stands for a loss that was not finite.
         losses = [loss for loss in metrics.read_losses(trial_folder, stage).values() if loss is not None]
         last = losses[-max(len(losses) // LOSS_PARTS, 1) :]
         result["tokens_per_s"] = metrics.compute_tokens_per_s(trial_folder, stage)
@@ -311,7 +311,7 @@ def _write_results(trials: Trials, folder: Path, jobs: TrialJobs, cleaned: set[i
 
     Failed trials keep their weights, because more retries may be allowed later.
     """
-    # the page comes first: to delete weights in a bucket may take long
+    # The page comes first: to delete weights in a bucket may take long.
     search_page.write_page(trials.study, folder)
     for attempts in trials.ended_attempts:
         number = attempts[0].number
@@ -321,7 +321,7 @@ def _write_results(trials: Trials, folder: Path, jobs: TrialJobs, cleaned: set[i
         trial_folder = folder / tuning.TRIALS_FOLDER / f"{number:04}"
         shutil.rmtree(trial_folder / ASSEMBLED_FOLDER, ignore_errors=True)
         for plan in run.plan_stages(jobs({}, str(number)), trial_folder).values():
-            with suppress(OSError):  # a bucket that cannot be reached must not end the search
+            with suppress(OSError):  # A bucket that cannot be reached must not end the search
                 storage.remove_tree(plan.folder)
 
 
@@ -357,7 +357,7 @@ def write_best_jobs(folder: Path, numbers: Sequence[int]) -> list[Path]:
 
 def _write_best_job(search: Search, trial: FrozenTrial, folder: Path, name: str) -> Path:
     """Write the job of a trial, with a comment about its origin; returns the path."""
-    # a reference may have values outside the space, so Optuna does not hold them
+    # A reference may have values outside the space, so Optuna does not hold them.
     reference = trial.user_attrs.get("reference")
     values = search.references[reference] if reference else Space(search.space).values(trial.params)
     job = study.build_job(search.job, values, f"{search.name}-{trial.number}", f"{folder / SEARCH_FILE}: job")

@@ -48,7 +48,7 @@ class Search(SearchSettings):
 def read(path: Path, overrides: Sequence[str] = ()) -> Search:
     """Read the search of a YAML file after overrides; ValueError if it or its job is wrong."""
     search = document.read(path, overrides, Search)
-    # without torch the jobs of trials cannot be forecast, but a wrong key is found
+    # Without torch the jobs of trials cannot be forecast, but a wrong key is found.
     job = study.build_job(search.job, search.fidelity, search.name, f"{path}: job")
     study.check_templates(search.shared, job.train, str(path))
     return search

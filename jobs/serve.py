@@ -63,7 +63,7 @@ def run_server(options: ServeOptions) -> None:
     try:
         _serve_until_interrupted(build_settings(options))
     except BaseException:
-        # an interrupt may appear as another error: of an import, of a library, of a stopping Ray
+        # An interrupt may appear as another error: of an import, of a library, of a stopping Ray.
         if not interrupts.was_interrupted():
             raise
     print("stopped")
@@ -71,11 +71,11 @@ def run_server(options: ServeOptions) -> None:
 
 def _serve_until_interrupted(settings: ServerSettings) -> None:
     check_model(settings.model.path)
-    if os.environ.get("RAY_ADDRESS", "") in ("", "local"):  # a cluster listens on another machine
+    if os.environ.get("RAY_ADDRESS", "") in ("", "local"):  # A cluster listens on another machine
         check_port(settings.host, settings.port)
     if any(find_spec(package) is None for package in SERVE_PACKAGES):
         raise ValueError(f"serve: needs ray[serve]: {write_install_command('serve')}")
-    # seconds to import, which wrong options need not wait for
+    # Seconds to import, which wrong options need not wait for.
     import ray
     from ray import serve
 
@@ -87,7 +87,7 @@ def _serve_until_interrupted(settings: ServerSettings) -> None:
         needed = {"GPU": settings.gpu_share} if has_gpus else {"CPU": 1.0}
         total = {name: amount * settings.replicas for name, amount in needed.items()}
         cluster.require_resources(total, f"--replicas {settings.replicas}")
-        # Ray 2.60 prints a line for each process that ends, also those that Ray Serve ends
+        # Ray 2.60 prints a line for each process that ends, also those that Ray Serve ends.
         with patch.object(ray._private.worker, "print_to_stdstream"):
             was_started = app.is_started()
             try:
@@ -95,7 +95,7 @@ def _serve_until_interrupted(settings: ServerSettings) -> None:
                 print(describe_server(settings), flush=True)
                 _watch(settings.replicas)
             finally:
-                # a private Ray ends with all its processes, at once
+                # A private Ray ends with all its processes, at once.
                 if not cluster.is_private() and not was_started:
                     serve.shutdown()
 
@@ -124,7 +124,7 @@ def build_settings(options: ServeOptions) -> ServerSettings:
     """
     path = find_model(options.model)
     if Path(path).is_dir():
-        path = str(Path(path).resolve())  # replicas may have another working directory
+        path = str(Path(path).resolve())  # Replicas may have another working directory
     name = options.name or Path(options.model).resolve().name
     return ServerSettings(
         model=ServedModel(
@@ -169,7 +169,7 @@ def check_port(host: str, port: int) -> None:
     """Raise a ValueError if the address cannot be listened on."""
     family = socket.AF_INET6 if ":" in host else socket.AF_INET
     with socket.socket(family, socket.SOCK_STREAM) as probe:
-        # as the server does; a port that an ended server has just left is free
+        # As the server does; a port that an ended server has just left is free.
         probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
         try:
             probe.bind((host, port))

@@ -34,7 +34,7 @@ def make_set(arguments: argparse.Namespace) -> None:
         source = build_options(SetSource, arguments, columns=_read_columns(arguments))
         entries = RecordSource(source)
         images = entries.images
-    # asked before, because afterwards the set is finished in any case
+    # Asked before, because afterwards the set is finished in any case.
     finished = shard_index.is_finished(arguments.out)
     try:
         with cluster.open_session():
@@ -129,7 +129,7 @@ def store_features(arguments: argparse.Namespace) -> None:
     Raises:
         ValueError: the model is not a LLaVA, the set cannot be read, or the folder has other features.
     """
-    # torch and transformers take seconds to import, which the other verbs save
+    # Imports of torch and transformers take seconds, which the other verbs save.
     from pipelines.training import feature_writer
     from pipelines.training.engine import DTYPES
     from redux.hub import local_copy
@@ -166,7 +166,7 @@ def _verify_coverage(folder: str, run: Path) -> tuple[list[str], list[str]]:
     job = schema.load(run / JOB_FILE)
     used = {name for stage in job.train.values() for name in stage.mixture}
     sets = {name: url for name, url in locate_sets(job, run.resolve()).items() if name in used}
-    # two names may stand for the same folder, and the log has them separately
+    # Two names may stand for the same folder, and the log has them separately.
     names = [name for name, url in sets.items() if url == storage.make_absolute(folder)]
     if not names:
         raise ValueError(f"{folder}: {run} did not train on it, allowed: {', '.join(sets.values())}")
@@ -181,7 +181,7 @@ def _verify_coverage(folder: str, run: Path) -> tuple[list[str], list[str]]:
             coverages, errors = consumed.verify_coverage(lines, str(log), name, samples, held)
         faults += errors
         for coverage in coverages:
-            # a lost end of the log would look like an early stop, but the metrics have their own count
+            # A lost end of the log would look like an early stop, but the metrics have their own count.
             if (steps := metrics.read_last_step(run, coverage.stage)) != coverage.steps:
                 faults.append(
                     f"{log}: stage {coverage.stage} ends with step {coverage.steps}, {METRICS_FILE} with {steps}"

@@ -136,7 +136,7 @@ class Study:
             raise ValueError(f"applied: got {', '.join(self.applied)}, allowed: none, because job.evaluate is null")
         if self.applied and not self.job.get("train"):
             raise ValueError(f"applied: got {', '.join(self.applied)}, allowed: none, because job.train has no stages")
-        # before the shared stages a variant has no trained model whose heads could be measured
+        # Before the shared stages a variant has no trained model whose heads could be measured.
         known = ", ".join([*(self.variants if self.shared else []), *self.applied])
         for name in self.decisive_heads.variants if self.decisive_heads else ():
             if name not in self.applied and not (self.shared and name in self.variants):
@@ -217,7 +217,7 @@ def check_shared_stages(shared: Sequence[str], job: Mapping[str, Any]) -> list[s
 def load(path: Path, overrides: Sequence[str] = ()) -> Study:
     """Load the study of a YAML file after overrides; ValueError if it or one of its jobs is wrong."""
     study = document.read(path, overrides, Study)
-    # every job is built once, so that a wrong variant fails before hours of the others
+    # Every job is built once, so that a wrong variant fails before hours of the others.
     jobs = list_jobs(study, Path(), str(path))
     _check_decisive_heads(study, jobs, str(path))
     return study
@@ -251,7 +251,7 @@ def list_jobs(study: Study, folder: Path, source: str = "study") -> dict[str, Jo
             result[name] = job = build_job(seeded, changes, f"{study.name}-{name}", label)
             if study.shared:
                 check_templates(study.shared, {**result[SHARED].train, **job.train}, label)
-            # evaluations follow the run whose model they need
+            # Evaluations follow the run whose model they need.
             result |= _list_applied(study, seeded, job, folder, variant, seed, source)
     return result
 
@@ -345,11 +345,11 @@ def continue_from(tree: dict[str, Any], stages: Sequence[str], shared: Job, fold
         "train": {name: stage for name, stage in tree["train"].items() if name not in stages},
     }
     if shared.evaluate and not shared.evaluate.tasks:
-        # what is asked without names depends on the last stage, which may be a shared one
+        # What is asked without names depends on the last stage, which may be a shared one.
         tasks = {name: document.write_plain(task) for name, task in shared.evaluation_tasks.items()}
         result["evaluate"] = {**tree["evaluate"], "tasks": tasks}
     if stages:
-        # the checkpoint replaces the parts of the model, but its methods may differ between variants
+        # The checkpoint replaces the parts of the model, but its methods may differ between variants.
         methods = {name: value for name, value in tree["model"].items() if name in METHODS}
         result["model"] = {**methods, "checkpoint": locate_model(shared, folder, stages[-1])}
     return result
@@ -357,7 +357,7 @@ def continue_from(tree: dict[str, Any], stages: Sequence[str], shared: Job, fold
 
 def build_job(tree: Mapping[str, Any], changes: Mapping[str, Any], name: str, source: str) -> Job:
     """Build a job with a name and changed values, by dotted path; an error message begins with `source`."""
-    # set_value changes the tree in place, and the variants share it
+    # set_value changes the tree in place, and the variants share it.
     copied = copy.deepcopy({"name": name, **tree})
     for dotted, value in changes.items():
         document.set_value(copied, dotted, value, f"{source}.{dotted}")
@@ -366,10 +366,10 @@ def build_job(tree: Mapping[str, Any], changes: Mapping[str, Any], name: str, so
 
 def _share_sets(study: Study, folder: Path) -> Study:
     """Name the folders of the sets that are made of data in other forms, so that the first run makes them for all."""
-    from jobs import resolve  # imported late, as in `run_study`
+    from jobs import resolve  # Imported late, as in `run_study`
 
     if any(key == "data" or key.startswith("data.make") for changes in study.variants.values() for key in changes):
-        return study  # variants make sets of their own
+        return study  # Variants make sets of their own
     job = build_job(study.job, {}, study.name, "job")
     data = resolve.resolve_data(job.data, folder / SHARED if study.shared else folder)
     return replace(study, job={**study.job, "data": document.write_plain(data)})
@@ -389,32 +389,32 @@ def run_study(study: Study, folder: Path, allow_changes: bool = False, share: Sh
         ValueError: as for `jobs.run.run`, or there are more shares than runs.
     """
     selected = share.select(study)
-    # imported late: a wrong study is reported before torch and Ray are loaded
+    # Imported late: a wrong study is reported before torch and Ray are loaded.
     from jobs import claims, decisive_heads, model_parts, run, tables
     from pipelines.core import cluster
 
     folder = folder.resolve()
     runs = list_jobs(_share_sets(study, folder), folder)
     claims.make_folder(folder)
-    # written first: the tables of an unfinished study name its variants, too
+    # Written first: the tables of an unfinished study name its variants, too.
     with failures.locate_errors(folder / STUDY_FILE):
         storage.write(str(folder / STUDY_FILE), document.write(study).encode())
     work = {name: job for name, job in runs.items() if name == SHARED or name in selected}
     for job in work.values():
-        model_parts.locate_parts(job.model)  # a missing package is named before Ray starts
+        model_parts.locate_parts(job.model)  # A missing package is named before Ray starts
     chosen = study.decisive_heads
     with_heads = {format_run(name, seed) for name in (chosen.variants if chosen else ()) for seed in study.seeds}
-    # one Ray for all runs, because its start takes seconds
+    # One Ray for all runs, because its start takes seconds.
     with cluster.open_session():
         for number, (name, job) in enumerate(work.items(), start=1):
             print(f"[{number}/{len(work)}] {name}", flush=True)
             until = study.shared[-1] if name == SHARED else None
             if chosen and name in with_heads:
                 job = decisive_heads.choose_heads(job, folder / name, chosen)
-            # another share may train the shared stages in the same folder
+            # Another share may train the shared stages in the same folder.
             patience_s = math.inf if name == SHARED and share.total > 1 else 0
             run.run(job, folder / name, allow_changes, until, patience_s=patience_s)
-    # runs of other shares may have no folder here
+    # Runs of other shares may have no folder here.
     finished = [folder / name for name in runs if name != SHARED and (folder / name).is_dir()]
     tables.write_tables(finished, folder, tables.find_scorer)
     print(_describe_end(study, folder, share, [name for name in runs if name != SHARED and name not in selected]))

@@ -54,7 +54,7 @@ def write_tables(
     Raises:
         ValueError: there is no finished run, or `out` is a file.
     """
-    # found before the bootstrap, which takes long
+    # Found before the bootstrap, which takes long.
     for run in runs:
         require_folder(run, "RUN", "the folder of a run, or a folder that holds run folders")
     if out and out.exists() and not out.is_dir():
@@ -139,7 +139,7 @@ def format_markdown(
     for table in tables:
         parts.append(f"## {table.title}")
         for family, rows in table.blocks.items():
-            # a single family needs no heading
+            # A single family needs no heading.
             parts += [f"**{family}**"] if len(table.blocks) > 1 else []
             parts.append("\n".join(_format_rows(table.columns, rows)))
             if commands := [row.command for row in rows if row.command]:

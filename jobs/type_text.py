@@ -9,7 +9,7 @@ from typing import Annotated, Any, Literal, Union, get_args, get_origin, get_typ
 
 import annotated_types
 
-_MAX_CHARS = 80  # longer values are cut, so that an error stays one line of a terminal
+_MAX_CHARS = 80  # Longer values are cut, so that an error stays one line of a terminal
 
 _NAMES = {
     int: "a whole number",
@@ -54,7 +54,7 @@ def find_type(hint: Any, location: Sequence[str | int]) -> Any:
         if isinstance(origin, type) and issubclass(origin, Mapping):
             return find_type(arguments[1], remaining)
         if origin in (list, tuple) and isinstance(key, int):
-            # tuple[A, B] has a type per item, tuple[A, ...] one for all
+            # tuple[A, B] has a type per item, tuple[A, ...] one for all.
             fixed = origin is tuple and arguments[-1] is not Ellipsis
             return find_type(arguments[key if fixed and key < len(arguments) else 0], remaining)
     return Any
@@ -126,7 +126,7 @@ def describe_type(hint: Any) -> str:
 
 
 def _describe_bounds(hint: Any, marks: Sequence[Any]) -> Iterator[str]:
-    # Interval(ge=0, le=1) stands for two bounds
+    # Interval(ge=0, le=1) stands for two bounds.
     flat: list[Any] = []
     for mark in marks:
         flat.extend(mark if isinstance(mark, annotated_types.GroupedMetadata) else [mark])
@@ -135,7 +135,7 @@ def _describe_bounds(hint: Any, marks: Sequence[Any]) -> Iterator[str]:
         if type(mark) in _LIMITS:
             sign, attribute = _LIMITS[type(mark)]
             limits[sign] = getattr(mark, attribute)
-    # whole numbers below 10 are those up to 9
+    # Whole numbers below 10 are those up to 9.
     if hint is int and "<" in limits:
         limits["<="] = limits.pop("<") - 1
     if limits.keys() == {">=", "<="}:

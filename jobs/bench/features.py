@@ -73,7 +73,7 @@ def make_set(folder: Path, images: int) -> None:
     noise = np.random.default_rng(0)
     records = []
     for number in range(images):
-        # a photo's JPEG is smaller than that of noise: enlarge a small image
+        # A photo's JPEG is smaller than that of noise: enlarge a small image.
         small = Image.fromarray(noise.integers(0, 256, (HEIGHT // 8, WIDTH // 8, 3), dtype=np.uint8))
         sink = io.BytesIO()
         small.resize((WIDTH, HEIGHT), Image.Resampling.BICUBIC).save(sink, "JPEG", quality=90)

@@ -102,10 +102,10 @@ def build_reader(shards: Shards, tokenizer: Path, text: TextTokenizer, image_siz
 
 def measure_open(samples: int, folder: Path) -> dict[str, float]:
     """Measure the first micro-batch of a new process from a set of so many samples."""
-    from jobs.bench.pixels import make_photo  # imports torch, which readers do not
+    from jobs.bench.pixels import make_photo  # Imports torch, which readers do not
 
     files = simulate_set((make_photo(0), "photo"), samples)
-    # the text of the tokenizer is loaded here, since the readers of a stage get it, too
+    # The text of the tokenizer is loaded here, since the readers of a stage get it, too.
     text = load_text_tokenizer(folder / "tokenizer")
     assert text
     given = {"tokenizer": str(folder / "tokenizer"), "text": {**vars(text), "backend": text.backend.to_str()}}
@@ -127,7 +127,7 @@ def measure_open(samples: int, folder: Path) -> dict[str, float]:
 
 def open_set() -> None:
     """Open the simulated set, describe the blocks of an epoch and make a micro-batch; print what it took."""
-    importlib.import_module("s3fs")  # counted as an import
+    importlib.import_module("s3fs")  # Counted as an import
 
     given = json.load(sys.stdin)
     text = TextTokenizer(**{**given["text"], "backend": Tokenizer.from_str(given["text"]["backend"])})
@@ -165,7 +165,7 @@ def read_peak_mb() -> float:
 def measure_start(folder: Path) -> list[float]:
     """Measure the seconds to the first micro-batch of each of START_STAGES stages, which have readers of their own."""
     from jobs.bench.pixels import make_photo
-    from pipelines.core import cluster  # the private Ray of a run
+    from pipelines.core import cluster  # The private Ray of a run
 
     images = folder / "photos"
     images.mkdir()
@@ -185,7 +185,7 @@ def measure_start(folder: Path) -> list[float]:
     with cluster.open_session():
         make_shards(records, str(images), str(folder / "shards"), ShardOptions())
         shards = Shards(folder / "shards")
-        ingest.start_shared_actors()  # as the workers of a run do before their first stage
+        ingest.start_shared_actors()  # As the workers of a run do before their first stage
         await_idle()
         for stage in range(START_STAGES):
             start = time.perf_counter()
@@ -196,7 +196,7 @@ def measure_start(folder: Path) -> list[float]:
             first = time.perf_counter() - start
             print(f"stage {stage + 1}: first micro-batch after {first:.2f} s", flush=True)
             measured.append(round(first, 2))
-            for _ in batches:  # to the end, so that the readers end before the next stage
+            for _ in batches:  # To the end, so that the readers end before the next stage
                 pass
             await_idle()
     return measured
@@ -242,7 +242,7 @@ def measure_nodes(folder: Path, latency_s: float, micro_batches: int) -> dict[st
     marks = folder / "marks"
     marks.mkdir()
     with serve_bucket(files, latency_s) as bucket:
-        os.environ.update(bucket.environment)  # nodes and readers inherit it
+        os.environ.update(bucket.environment)  # Nodes and readers inherit it
         cluster = Cluster(
             initialize_head=True,
             head_node_args={"num_cpus": 0, "include_dashboard": False, "object_store_memory": 500 * 10**6},
@@ -268,7 +268,7 @@ def _run_nodes(cluster: Cluster, reader: Reader, marks: Path, micro_batches: int
     for count in NODE_COUNTS:
         while len(cluster.worker_nodes) < count:
             cluster.add_node(num_cpus=1, object_store_memory=200 * 10**6)
-        # until all nodes have worked, and their blocks arrive
+        # Until all nodes have worked, and their blocks arrive.
         while len(list(marks.iterdir())) < count:
             next(batches)
         for _ in range(micro_batches):
@@ -320,7 +320,7 @@ def measure_cpu(cluster: Cluster) -> float:
 def kill_node(node: Any) -> None:
     """Send SIGKILL to all processes of a node."""
     processes = list_node_processes(node)
-    # all are suspended first: one that sees another one die would report it, unlike after a power failure
+    # All are suspended first: one that sees another one die would report it, unlike after a power failure.
     for act in (psutil.Process.suspend, psutil.Process.kill):
         for process in processes:
             with suppress(psutil.NoSuchProcess):

@@ -18,7 +18,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[2]
-# without an installed package, Python finds the checkout only here
+# Without an installed package, Python finds the checkout only here.
 sys.path.insert(0, str(ROOT))
 
 import torch  # noqa: E402
@@ -37,7 +37,7 @@ TEST_LIMIT_S = 150
 
 def run_tests(bench: Bench) -> None:
     """Run the tests marked `gpu` in a process of their own, and record the summary."""
-    # only files with such tests: others import packages that a machine for benchmarks may lack
+    # Only files with such tests: others import packages that a machine for benchmarks may lack.
     files = [path for path in sorted((ROOT / "tests").rglob("test_*.py")) if "mark.gpu" in path.read_text()]
     if not files:
         bench.results["tests"] = {"summary": "no tests"}
@@ -47,7 +47,7 @@ def run_tests(bench: Bench) -> None:
         done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=TEST_LIMIT_S)
         output = done.stdout + done.stderr
     except subprocess.TimeoutExpired as expired:
-        # bytes even with text=True
+        # Bytes even with text=True.
         output = f"{(expired.stdout or b'').decode(errors='replace')}\nstopped after {TEST_LIMIT_S} s"
     print(output[-6000:], flush=True)
     lines = output.strip().splitlines()
@@ -91,7 +91,7 @@ def describe_gpu(bench: Bench) -> dict[str, str]:
         git = subprocess.run(["git", "rev-parse", "--short", "HEAD"], cwd=ROOT, capture_output=True, text=True)
         commit = git.stdout.strip()
     except OSError:
-        commit = ""  # no git on this machine
+        commit = ""  # No git on this machine
     return {
         "card": torch.cuda.get_device_name() if bench.device == "cuda" else "cpu",
         "torch": torch.__version__,
@@ -125,7 +125,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     device = "cuda" if torch.cuda.is_available() else "cpu"
     bench = Bench(TINY_SHAPES if options.tiny else FULL_SHAPES, device, options.profile)
     if device == "cpu":
-        torch.set_num_threads(1)  # tensors of these sizes are slower by threads
+        torch.set_num_threads(1)  # Tensors of these sizes are slower by threads
     collector = MessageCollector()
     logger = logging.getLogger("redux")
     logger.addHandler(collector)
@@ -148,7 +148,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         seconds[name] = round(time.perf_counter() - started, 1)
         print(f"{name}: {seconds[name]} s, {time.perf_counter() - begun:.0f} s in all", flush=True)
         bench.free_memory()
-        # the line of this run is replaced after each section
+        # The line of this run is replaced after each section.
         if options.out.exists():
             with options.out.open("r+") as file:
                 file.truncate(length_before)

@@ -147,7 +147,7 @@ def main(argv: Sequence[str] | None = None) -> None:
 
 def run(variants: list[str], root: Path, images: int, repeats: int, out: Path) -> None:
     """Make files, measure round after round, print and append the result."""
-    # checksums come from the files themselves, not from a loader that is measured
+    # Checksums come from the files themselves, not from a loader that is measured.
     expected = make_files(root, images, squares="redux-prepared" in variants)
     options: dict[str, int | Path] = {"images": images, "folder": root.parent}
     readings: dict[str, dict[str, list[float]]] = {}
@@ -159,7 +159,7 @@ def run(variants: list[str], root: Path, images: int, repeats: int, out: Path) -
             readings[variant] = {"steady_per_s": [], "overall_per_s": [], "first_batch_s": []}
     for path in root.rglob("*"):
         if path.is_file():
-            path.read_bytes()  # so that the first round finds it in the page cache, like later ones
+            path.read_bytes()  # So that the first round finds it in the page cache, like later ones
     for turn in range(repeats):
         for variant, measured in measure_variants(__file__, readings, **options):
             epochs = expected[IMAGE_BACKENDS.get(variant, "exact")] * PASSES.get(variant, 1)
@@ -194,9 +194,9 @@ def run(variants: list[str], root: Path, images: int, repeats: int, out: Path) -
 
 def measure(variant: str, root: Path) -> dict[str, float]:
     """Measure samples/s and seconds to the first batch, with the number of images and a checksum of all of them."""
-    # child processes inherit the limit, so every loader has the same cores
+    # Child processes inherit the limit, so every loader has the same cores.
     os.sched_setaffinity(0, sorted(os.sched_getaffinity(0))[:INGEST_WORKERS])
-    warnings.simplefilter("ignore")  # peers warn in every measurement
+    warnings.simplefilter("ignore")  # Peers warn in every measurement
     import_peer(variant)
     checksums: Checksums = []
     arrivals = []
@@ -219,7 +219,7 @@ def measure(variant: str, root: Path) -> dict[str, float]:
 def import_peer(variant: str) -> None:
     """Import the package of a peer; nothing for other variants."""
     if variant == "mosaicml":
-        # mosaicml-streaming 0.13 imports torchvision for classes that are not used here: an empty module replaces them
+        # Version 0.13 imports torchvision for classes that are not used here: an empty module replaces them.
         sys.modules["streaming.vision"] = ModuleType("streaming.vision")
     if variant in PEERS:
         importlib.import_module(PEERS[variant][0])
@@ -234,7 +234,7 @@ def use_temporary_folder() -> Iterator[None]:
         try:
             yield
         finally:
-            tempfile.tempdir = None  # the module reads the environment again
+            tempfile.tempdir = None  # The module reads the environment again
             del os.environ["TMPDIR"]
             os.environ.update(before)
 
@@ -283,7 +283,7 @@ def list_photos(root: Path, images: int) -> list[Path]:
 
 def _write_photo(task: tuple[int, Path]) -> None:
     number, path = task
-    # renamed when complete: an interrupted run leaves no photo that the next one would keep
+    # Renamed when complete: an interrupted run leaves no photo that the next one would keep.
     partial_path = path.with_suffix(".part")
     partial_path.write_bytes(make_photo(number))
     partial_path.rename(path)
@@ -494,7 +494,7 @@ def open_ray_session() -> Iterator[None]:
         logging_level=logging.ERROR,
         log_to_driver=False,
         _temp_dir=tempfile.gettempdir(),
-        _system_config={"worker_niceness": 0},  # as for the workers of the other loaders; Ray's default is 15
+        _system_config={"worker_niceness": 0},  # As for the workers of the other loaders; Ray's default is 15
     )
     logging.getLogger("ray.data").setLevel(logging.ERROR)
     ray.data.DataContext.get_current().enable_progress_bars = False
@@ -508,14 +508,14 @@ def iterate_ray_data(root: Path) -> Iterator[Checksums]:
     with open_ray_session():
         ray.data.DataContext.get_current().target_max_block_size = (
             16 * 2**20
-        )  # the first batch before the end of a shard
+        )  # The first batch before the end of a shard
         paths = [str(path) for path in (root / "shards").glob("*.tar")]
         data = ray.data.read_webdataset(
             paths,
             decoder=None,
             suffixes=["jpg"],
             shuffle="files",
-            override_num_blocks=len(paths),  # otherwise Ray splits the files, and other tasks make the pixels
+            override_num_blocks=len(paths),  # Otherwise Ray splits the files, and other tasks make the pixels
         )
         data = data.map_batches(_load_pixels, batch_size=INGEST_BATCH)
         for batch in data.iter_batches(batch_size=INGEST_BATCH, prefetch_batches=2):

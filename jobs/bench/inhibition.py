@@ -67,7 +67,7 @@ def measure(variant: str, heads: int, image: int, text: int, repeats: int = 5) -
 
     times = []
     with torch.no_grad():
-        # a first call, so that libraries which torch loads at first use are not part of the peak
+        # A first call, so that libraries which torch loads at first use are not part of the peak.
         torch.nn.functional.scaled_dot_product_attention(query[:, :1], key[:, :1], value[:, :1])
         before = _reset_peak(device)
         for _ in range(repeats):

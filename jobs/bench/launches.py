@@ -16,7 +16,7 @@ from contextlib import contextmanager
 from typing import Any
 
 if shutil.which("nvidia-smi") is None:
-    os.environ.setdefault("TRITON_INTERPRET", "1")  # before the first import of triton
+    os.environ.setdefault("TRITON_INTERPRET", "1")  # Before the first import of triton
 
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -56,7 +56,7 @@ class LaunchCounter(TorchDispatchMode):
         def wrap(original: Any) -> Any:
             def run(kernel: Any, *args: Any, **kwargs: Any) -> Any:
                 self.fused[kernel.fn.__name__] += 1
-                # an interpreted kernel calls torch for every instruction of its program
+                # An interpreted kernel calls torch for every instruction of its program.
                 operators = self.operators.copy()
                 try:
                     return original(kernel, *args, **kwargs)

@@ -69,7 +69,7 @@ def compute_lengths(numbers: np.ndarray) -> np.ndarray:
 def measure(variant: str, global_batch_size: int, repeats: int = 50) -> dict[str, float]:
     """Measure the milliseconds of a batch and the peak MiB of the process."""
     order = build_order(variant, global_batch_size)
-    np.random.SeedSequence(0)  # numpy loads its module at first use
+    np.random.SeedSequence(0)  # NumPy loads its module at first use
     times = []
     for number in np.linspace(0, order.count_batches(1) - 1, repeats).astype(int).tolist():
         start = time.process_time()

@@ -403,7 +403,7 @@ def measure_packer_speed(
     steps = len(micro_batches) // RANKS
     seconds, tokens = [], 0
     for rows in micro_batches[: steps * RANKS]:
-        # packers see lengths alone, so any conversation of a length will do
+        # Packers see lengths alone, so any conversation of a length will do.
         members = [by_length[length].pop() for row in rows for length in row]
         ends = np.cumsum([len(row) for row in rows]).tolist()
         indices = [list(range(end - len(row), end)) for row, end in zip(rows, ends, strict=True)]

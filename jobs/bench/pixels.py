@@ -30,7 +30,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser.add_argument("--size", type=int, default=336, help="default: %(default)s")
     add_out_option(parser, __file__)
     arguments = parser.parse_args(argv)
-    # one thread, as in the readers of a stage
+    # One thread, as in the readers of a stage.
     torch.set_num_threads(1)
     files = [make_photo(seed) for seed in range(arguments.images)]
     times_ms = {
@@ -53,7 +53,7 @@ def main(argv: Sequence[str] | None = None) -> None:
 def measure(files: list[bytes], size: int, image_aspect_ratio: ImageAspectRatio) -> dict[str, float]:
     """Measure the median milliseconds of each variant; the variants alternate, so that all see the same load."""
     times: dict[str, list[float]] = {"exact": [], "fast": [], "prepared": []}
-    load_pixels(files[0], size, image_aspect_ratio, "fast")  # libraries that torch loads at first use
+    load_pixels(files[0], size, image_aspect_ratio, "fast")  # Libraries that torch loads at first use
     for image in files:
         square = prepare_image(image, size, image_aspect_ratio)
         times["exact"].append(_time_ms(load_pixels, image, size, image_aspect_ratio))

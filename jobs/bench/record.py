@@ -23,7 +23,7 @@ def measure_variants(
     """
     arguments = [word for name, value in options.items() for word in (f"--{name.replace('_', '-')}", str(value))]
     for variant in variants:
-        # a process of its own: imports and the peak memory of one variant must not count for another
+        # A process of its own: imports and the peak memory of one variant must not count for another.
         command = [sys.executable, script, "--variant", variant, *arguments]
         output = subprocess.run(command, stdout=subprocess.PIPE, check=True, text=True).stdout
         yield variant, json.loads(output.splitlines()[-1])

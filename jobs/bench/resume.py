@@ -47,7 +47,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     seconds: dict[str, list[float]] = {name: [] for name in first_steps}
     with tempfile.TemporaryDirectory() as folder, cluster.open_session():
         reader = build_reader(Path(folder), arguments.samples)
-        # a first measurement is dropped: it includes imports and the start of worker processes
+        # A first measurement is dropped: it includes imports and the start of worker processes.
         time_first_batch(reader, 0, steps)
         for _ in range(arguments.repeats):
             for name, step in first_steps.items():
@@ -83,7 +83,7 @@ def build_reader(folder: Path, samples: int) -> Reader:
         }
         for number in range(samples)
     ]
-    # prepared squares: every sample has the same number of bytes, so the reads can be compared
+    # Prepared squares: every sample has the same number of bytes, so the reads can be compared.
     make_shards(
         records, str(folder), str(folder / "shards"), ShardOptions(samples_per_shard=200, image_size=RESUME_SIZE)
     )
@@ -105,7 +105,7 @@ def time_first_batch(reader: Reader, step: int, steps: int) -> float:
     data.context.execution_options = ray.data.ExecutionOptions(preserve_order=True)
     with ThreadPoolExecutor(RESUME_WORKERS) as pool:
         numbers = list(pool.map(read_number, data.streaming_split(RESUME_WORKERS, equal=True)))
-    # a time counts only if the batches are the right ones
+    # A time counts only if the batches are the right ones.
     if sorted(numbers) != [step * RESUME_WORKERS + rank for rank in range(RESUME_WORKERS)]:
         raise RuntimeError(f"step {step}: got micro-batches {numbers}, allowed: one per worker, from this step")
     return time.perf_counter() - start
@@ -123,7 +123,7 @@ def count_bytes_read(reader: Reader, step: int) -> int:
         requested.extend(ranges)
         return read_ranges(ranges)
 
-    # Shards reads through this function, so its arguments are all that is requested
+    # Shards reads through this function, so its arguments are all that is requested.
     with patch.object(storage, "read_ranges", read_and_record):
         for rank in range(RESUME_WORKERS):
             reader(step * RESUME_WORKERS + rank)

@@ -68,7 +68,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         results = []
         for tokens in variants:
             with start_server(model, tokens) as url:
-                measure(url, body, 1, 1)  # the first answer imports further parts
+                measure(url, body, 1, 1)  # The first answer imports further parts
                 for callers in arguments.concurrency:
                     requests = max(arguments.requests, ROUNDS * callers)
                     results.append({"concurrency": callers, **measure(url, body, callers, requests)})
@@ -103,7 +103,7 @@ def save_random_model(folder: Path, small: bool) -> Path:
         max_position_embeddings=1024,
     )
     torch.manual_seed(0)
-    # trained with all image tokens: the number is chosen when it is served
+    # Trained with all image tokens: the number is chosen when it is served.
     model = build_model(ModelSettings(tower=tower, language=language, vmtc=None), tokenizer)
     with torch.no_grad():
         model.get_output_embeddings().weight[tokenizer.all_special_ids] = 0

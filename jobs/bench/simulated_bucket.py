@@ -127,7 +127,7 @@ def _simulate_index(row: dict[str, Any], samples: int) -> TiledFile:
         for turn in range(samples // ROWS_PER_BLOCK):
             file.write_batch(block, custom_metadata={BLOCK_MARK: FINGERPRINT[:MARK_LENGTH]})
             ends.append(sink.length)
-            # the first two blocks show how long a block is
+            # The first two blocks show how long a block is.
             sink.keeps = turn < 1
         sink.keeps = True
     size = ends[1] - ends[0]
@@ -173,9 +173,9 @@ class _BucketHandler(BaseHTTPRequestHandler):
 
     def answer(self) -> None:
         """Answer with a file or a range of it, after the latency."""
-        time.sleep(self.server.latency_s)  # it is what is simulated
+        time.sleep(self.server.latency_s)  # It is what is simulated
         name = self.path.partition("?")[0].rpartition("/")[2]
-        # all shards have the same samples
+        # All shards have the same samples.
         file = self.server.files.get("000000.tar" if name.endswith(".tar") else name)
         if file is None:
             self.send(404, b"<Error><Code>NoSuchKey</Code></Error>", {})

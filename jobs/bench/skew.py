@@ -44,7 +44,7 @@ WORDS = [f"word{number}" for number in range(200)]
 def main(argv: Sequence[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--steps", type=int, default=1000, help="steps at each ZeRO stage, default: %(default)s")
-    parser.add_argument("--folder", type=Path, help=argparse.SUPPRESS)  # of a rank that torchrun starts
+    parser.add_argument("--folder", type=Path, help=argparse.SUPPRESS)  # Of a rank that torchrun starts
     parser.add_argument("--zero-stage", type=int, choices=(0, 1, 2, 3), default=0, help=argparse.SUPPRESS)
     add_out_option(parser, __file__)
     arguments = parser.parse_args(argv)
@@ -206,7 +206,7 @@ def draw_image_counts(steps: int) -> Iterator[list[int]]:
 
 def train_rank(plan: "StagePlan", steps: int) -> None:
     """Train this rank of torchrun, and write the seconds of all steps."""
-    # DeepSpeed reads this variable when it is imported
+    # DeepSpeed reads this variable when it is imported.
     os.environ["DS_ACCELERATOR"] = "cpu"
     from unittest.mock import patch
 

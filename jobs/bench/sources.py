@@ -88,9 +88,9 @@ def measure_form(form: str, folder: Path, count: int) -> dict[str, Any]:
         for path in (folder / "shards").rglob("*")
         if path.suffix != ".tar" and path.name not in ("index.arrow", "quarantine.jsonl", "summary.json", "unfinished")
     ]
-    # reading alone, without images that are files of their own
+    # Reading alone, without images that are files of their own.
     read = min(count, MAX_READ_ALONE)
-    start = time.process_time()  # other processes of the machine would count in wall-clock time
+    start = time.process_time()  # Other processes of the machine would count in wall-clock time
     for _ in itertools.islice(RecordSource(settings), read):
         pass
     reading = time.process_time() - start
@@ -113,7 +113,7 @@ class _WatchedSource(RecordSource):
 
     def __init__(self, settings: SetSource) -> None:
         super().__init__(settings)
-        self.read_at = array("d")  # a list would take four times the memory that is measured
+        self.read_at = array("d")  # A list would take four times the memory that is measured
 
     def __iter__(self) -> Iterator[SourceRecord]:
         for record in super().__iter__():
@@ -142,7 +142,7 @@ class MemoryMeter:
         while not self._stop.is_set():
             now = time.perf_counter()
             self.driver.append((now, read_anonymous_bytes(psutil.Process().pid)))
-            # the other processes of the session belong to Ray itself
+            # The other processes of the session belong to Ray itself.
             workers = [process.pid for process in psutil.Process().children(recursive=True) if is_worker(process)]
             self.worker.append((now, max(map(read_anonymous_bytes, workers), default=0)))
             self._stop.wait(SAMPLING_SECONDS)

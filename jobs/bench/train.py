@@ -210,7 +210,7 @@ def measure_steps(plan: "StagePlan") -> list[float]:
     steps = [event for event in read_events(plan) if event["event"] == "step"]
     assert plan.stage.steps
     warmup = RunSteps(plan.stage.steps).warmup
-    # from the end of a step to the end of the next, because Ray's part lies between them
+    # From the end of a step to the end of the next, because Ray's part lies between them.
     pairs = zip(steps[warmup - 1 :], steps[warmup:], strict=False)
     return [after["at"] - before["at"] - after["stall_s"] for before, after in pairs]
 
@@ -237,7 +237,7 @@ def train_without_ray(folder: Path) -> None:
     plan = pickle.loads((folder / "plan.pickle").read_bytes())
     steps = RunSteps(plan.stage.steps)
     engine = build_engine(plan, 2)
-    # all batches are read before, so that this loop waits for no data
+    # All batches are read before, so that this loop waits for no data.
     reader, accumulation_steps = plan.build_reader(), plan.stage.count_accumulation_steps(2)
     batches = iter([reader(turn * 2 + engine.global_rank) for turn in range(steps.total * accumulation_steps)])
     times = []

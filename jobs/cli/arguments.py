@@ -46,7 +46,7 @@ def parse_natural(text: str) -> int:
 
 
 def _parse_whole_number(text: str, minimum: int) -> int:
-    # int() takes other digits and _ as well; more than 18 digits fit no counter
+    # int() takes other digits and _ as well; more than 18 digits fit no counter.
     if not (text.isascii() and text.isdecimal() and len(text) <= 18 and int(text) >= minimum):
         raise argparse.ArgumentTypeError(f"got {text[:80]}, allowed: a whole number >= {minimum}")
     return int(text)
@@ -58,7 +58,7 @@ def build_pair_parser(form: str) -> Callable[[str], tuple[str, str]]:
 
     def parse_pair(text: str) -> tuple[str, str]:
         first, _, second = text.rpartition(separator)
-        # the last separator counts, because a domain in a key and an IPv6 network hold the same character
+        # The last separator counts, because a domain in a key and an IPv6 network hold the same character.
         if not first or not second or (form.endswith("PORT") and not second.isdecimal()):
             raise argparse.ArgumentTypeError(f"got {text}, allowed: {form}")
         return first, second
@@ -74,7 +74,7 @@ def build_options(options_class: type[T], arguments: argparse.Namespace, **other
         arguments: parsed arguments.
         others: values of the other fields.
     """
-    from dataclasses import fields  # imported late, like all that the parser does not need
+    from dataclasses import fields  # Imported late, like all that the parser does not need
 
     names = {field.name for field in fields(options_class)} - others.keys()  # type: ignore[arg-type]
     return options_class(**others, **{name: getattr(arguments, name) for name in names})
@@ -87,7 +87,7 @@ def add_job(parser: argparse.ArgumentParser, help: str) -> None:
         "overrides",
         metavar="section.key=value",
         nargs="*",
-        default=[],  # argparse calls a list without a default required
+        default=[],  # Or argparse calls it required
         help="replace a value of the file; the value is written as in YAML",
     )
 

@@ -27,7 +27,7 @@ def add_parsers(verbs: Any) -> None:
         "overrides",
         metavar="section.key=value",
         nargs="*",
-        default=[],  # argparse calls a list without a default required
+        default=[],  # Or argparse calls it required
         help="replace a value of the job file; the value is written as in YAML",
     )
     look.add_argument("--text", action="store_true", help="print to the terminal instead of writing a page")

@@ -27,7 +27,7 @@ def load(arguments: argparse.Namespace) -> tuple[Any, Callable[[Any, Path, bool]
     """
     from jobs import document
 
-    # the file alone decides its kind, because overrides cannot make a study of a job
+    # The file alone decides its kind, because overrides cannot make a study of a job.
     tree = document.read_tree(arguments.job)
     if isinstance(tree, dict) and "variants" in tree:
         from jobs import study
@@ -36,7 +36,7 @@ def load(arguments: argparse.Namespace) -> tuple[Any, Callable[[Any, Path, bool]
     if isinstance(tree, dict) and "space" in tree:
         from jobs import search_schema
 
-        search_schema.read(arguments.job, arguments.overrides)  # finds most mistakes before torch and Ray are imported
+        search_schema.read(arguments.job, arguments.overrides)  # Finds most mistakes before torch and Ray are imported
         from jobs import search
 
         return search.load(arguments.job, arguments.overrides), search.run_search

@@ -124,7 +124,7 @@ def check_kubernetes(job: Job, options: KubernetesOptions, resolved: str) -> Non
 def _check_numbers(job: Job, options: KubernetesOptions) -> None:
     """Check the name of the job and its numbers of workers and actors."""
     if not NAME.fullmatch(job.name):
-        # names of jobs may hold capitals and dots, which names of services may not
+        # Names of jobs may hold capitals and dots, which names of services may not.
         suggestion = re.sub(r"[^a-z0-9]+", "-", job.name.lower()).lstrip("-0123456789")[:47].rstrip("-") or "job"
         raise ValueError(
             f"name: got {job.name}, allowed: up to 47 of a-z, 0-9 and -, the first is a letter and the last is not -, "
@@ -144,7 +144,7 @@ def _check_numbers(job: Job, options: KubernetesOptions) -> None:
             f"evaluate.num_actors: got {job.evaluate.num_actors}, allowed: up to {fewest}, "
             "the GPUs that the job always has"
         )
-    # Kueue reserves the pods of a job before it starts, and none that the autoscaler adds later
+    # Kueue reserves the pods of a job before it starts, and none that the autoscaler adds later.
     if options.uses_kueue and fewest < most:
         raise ValueError(
             f"num_workers: got {[fewest, most]}, allowed: one number, because Kueue reserves a fixed number of pods"
@@ -191,7 +191,7 @@ def _list_texts(options: KubernetesOptions) -> Iterator[tuple[str, str, TextRule
 def _check_paths(job: Mapping[str, Any], volume: PurePosixPath) -> None:
     """Check paths; ValueError if the job uses a path of this machine alone, or the volume hides a path of a pod."""
     reserved = [PurePosixPath(folder) for folder in RESERVED_DIRS]
-    # in both directions: a volume at / would hide all of them
+    # In both directions: a volume at / would hide all of them.
     conflicts = [folder for folder in reserved if volume.is_relative_to(folder) or folder.is_relative_to(volume)]
     if not volume.is_absolute() or ".." in volume.parts or conflicts:
         raise ValueError(

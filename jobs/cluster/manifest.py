@@ -98,7 +98,7 @@ def _build_network_policy(job: Job, options: KubernetesOptions) -> Tree:
             "egress": [
                 {"to": [job_pods]},
                 {"ports": [*_build_ports("UDP", 53), *_build_ports("TCP", 53)]},
-                # buckets, hubs, and the API server for the autoscaler; on some clusters it has port 6443
+                # Buckets, hubs, and the API server for the autoscaler; on some clusters it has port 6443.
                 {"ports": _build_ports("TCP", 443, 6443)},
                 *({"ports": _build_ports("TCP", int(port))} for _, port in filter(None, [options.redis])),
                 *(
@@ -154,7 +154,7 @@ def _build_ray_cluster(job: Job, options: KubernetesOptions) -> Tree:
         headGroupSpec={
             "serviceType": "ClusterIP",
             "enableIngress": False,
-            "rayStartParams": {"num-cpus": "0"},  # no tasks on the head: they would compete with the driver
+            "rayStartParams": {"num-cpus": "0"},  # No tasks on the head: they would compete with the driver
             "template": _build_head(job, options),
         },
         workerGroupSpecs=[
@@ -189,7 +189,7 @@ def _build_head(job: Job, options: KubernetesOptions) -> Tree:
     container = {
         "name": "ray-head",
         **_build_container(options, cpu=options.head_cpus, memory=f"{options.head_memory}Gi"),
-        # without the port of Ray Client, which is not used
+        # Without the port of Ray Client, which is not used.
         "ports": [{"containerPort": 6379, "name": "gcs-server"}, {"containerPort": 8265, "name": "dashboard"}],
     }
     assert job.worker_range  # check_kubernetes refuses None
@@ -198,7 +198,7 @@ def _build_head(job: Job, options: KubernetesOptions) -> Tree:
         job,
         options,
         container,
-        # the autoscaler is a container of this pod and asks Kubernetes for workers
+        # The autoscaler is a container of this pod and asks Kubernetes for workers.
         automountServiceAccountToken=fewest < most,
         affinity={"nodeAffinity": {"requiredDuringSchedulingIgnoredDuringExecution": not_spot}},
     )
@@ -216,7 +216,7 @@ def _build_worker(job: Job, options: KubernetesOptions) -> Tree:
             memory=f"{gpus * options.worker_memory}Gi",
             **{"nvidia.com/gpu": gpus},
         ),
-        # after SIGTERM, Ray reports a preemption to the workers and keeps them for this time; its default is 30
+        # After SIGTERM, Ray reports a preemption to the workers and keeps them for this time; its default is 30.
         "env": [{"name": "RAY_GRACEFUL_SHUTDOWN_DRAIN_TIMEOUT_S", "value": f"{grace_s:g}"}],
     }
     return _build_pod(
@@ -317,7 +317,7 @@ class _Dumper(yaml.SafeDumper):
 
 
 def _represent_text(dumper: _Dumper, text: str) -> yaml.ScalarNode:
-    # Go's and YAML 1.1's readers take more texts for numbers and booleans than PyYAML quotes
+    # Go's and YAML 1.1's readers take more texts for numbers and booleans than PyYAML quotes.
     is_ambiguous = text[:1] in set("+-.0123456789") or text.lower() in ("y", "n")
     style = "|" if "\n" in text else '"' if is_ambiguous else None
     return dumper.represent_scalar("tag:yaml.org,2002:str", text, style=style)

@@ -85,7 +85,7 @@ def write_package(folder: Path, job: Path, target: Path) -> str:
         ValueError: the folder is too large, must not be copied as a whole, or a file in it holds a key.
     """
     folder, job = folder.resolve(), job.resolve()
-    # such a folder holds private files that pass the rules below
+    # Such a folder holds private files that pass the rules below.
     if folder in (Path.home().resolve(), Path(folder.anchor)):
         raise ValueError(f"{folder}: this folder would be uploaded, allowed: a folder with code and job files alone")
     paths = {path.relative_to(folder).as_posix(): path for path in list_files(folder)}
@@ -102,11 +102,11 @@ def write_package(folder: Path, job: Path, target: Path) -> str:
 def _write_archive(target: Path, paths: dict[str, Path]) -> None:
     with zipfile.ZipFile(target, "w", zipfile.ZIP_DEFLATED) as archive:
         for name, path in sorted(paths.items()):
-            # all of it in memory is fine: the size of the package was checked
+            # All of it in memory is fine: the size of the package was checked.
             content = path.read_bytes()
             if KEY_TEXT.search(content):
                 raise ValueError(f"{path}: got a file with a key in it, allowed: none; a .rayignore can exclude it")
-            # without the time of the file, so that the same content gives the same package
+            # Without the time of the file, so that the same content gives the same package.
             try:
                 archive.writestr(zipfile.ZipInfo(name), content, zipfile.ZIP_DEFLATED)
             except UnicodeEncodeError:

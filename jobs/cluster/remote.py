@@ -61,12 +61,12 @@ def connect(address: str) -> Iterator[JobSubmissionClient]:
 
     address = address.rstrip("/")
     _check_address(address)
-    # Ray's clients log each upload, but a submission is reported in one line
+    # Ray's clients log each upload, but a submission is reported in one line.
     for name in ("dashboard_sdk", "job.sdk"):
         logging.getLogger(f"ray.dashboard.modules.{name}").setLevel(logging.ERROR)
     os.environ[ADDRESS_VARIABLE] = address  # Ray's client prefers this variable, or RAY_ADDRESS, to its argument
     if address.startswith("http:"):
-        os.environ["no_proxy"] = "*"  # without encryption, a proxy could read the token
+        os.environ["no_proxy"] = "*"  # Without encryption, a proxy could read the token
     try:
         yield JobSubmissionClient(address)
     except AuthenticationError as error:
@@ -80,7 +80,7 @@ def connect(address: str) -> Iterator[JobSubmissionClient]:
         raise ValueError(
             f"{address}: no Ray answers here, allowed: the address of a Ray dashboard ({_extract_last_line(error)})"
         ) from None
-    except RuntimeError as error:  # an error response of the cluster, perhaps with a traceback
+    except RuntimeError as error:  # An error response of the cluster, perhaps with a traceback
         if "No available agent" in str(error):
             raise ValueError(
                 f"{address}: the head has no dashboard agent; perhaps another Ray on its machine uses the port, "
@@ -113,7 +113,7 @@ def _check_address(address: str) -> None:
         addresses = {entry[4][0] for entry in socket.getaddrinfo(host, None)}
     except (OSError, UnicodeError) as error:
         raise ValueError(f"{address}: no Ray answers here, allowed: the address of a Ray dashboard ({error})") from None
-    # an IPv6 address may end with %interface
+    # An IPv6 address may end with %interface.
     if any(ipaddress.ip_address(str(ip).partition("%")[0]).is_global for ip in addresses):
         raise ValueError(
             f"--address: got {address}, allowed: https, a private network or a tunnel to this machine, because others "
@@ -136,7 +136,7 @@ def find_exit_code(job: JobDetails) -> int:
     if job.status != JobStatus.FAILED:
         return 0
     code = job.driver_exit_code or 1
-    return code if code > 0 else 128 - code  # by a signal, as a shell reports it
+    return code if code > 0 else 128 - code  # By a signal, as a shell reports it
 
 
 def follow(client: JobSubmissionClient, job_id: str, write_text: Callable[[str], None]) -> JobDetails:
@@ -152,7 +152,7 @@ def follow(client: JobSubmissionClient, job_id: str, write_text: Callable[[str],
         nonlocal printed, failures
         seen = 0
         async for text in client.tail_job_logs(job_id):
-            # a new connection sends the log from its beginning
+            # A new connection sends the log from its beginning.
             new = text[max(printed - seen, 0) :]
             seen += len(text)
             if new:
@@ -168,7 +168,7 @@ def follow(client: JobSubmissionClient, job_id: str, write_text: Callable[[str],
                 return job
         except (OSError, RuntimeError, aiohttp.ClientError) as error:
             failures += 1
-            # a cluster that was restarted does not know the job, and waiting does not bring it back
+            # A cluster that was restarted does not know the job, and waiting does not bring it back.
             if failures > MAX_RECONNECTS or UNKNOWN_JOB_TEXT in str(error):
                 raise
         time.sleep(min(2**failures, 30))
@@ -267,6 +267,6 @@ def _build_row(job: JobDetails) -> tuple[str, ...]:
         str(job.status),
         started.strftime("%Y-%m-%d %H:%M"),
         str(datetime.timedelta(seconds=max(round(duration.total_seconds()), 0))),
-        # the message of a failed job continues with its log
+        # The message of a failed job continues with its log.
         (job.message or "-").partition("\n")[0].partition(", last available logs")[0],
     )

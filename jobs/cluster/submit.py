@@ -81,12 +81,12 @@ def submit(submission: Submission) -> int:
     Raises:
         ValueError: the cluster refuses the job, another submission of this run is active, or a file must not be copied.
     """
-    # as written, not resolved: paths in it are those of the cluster
+    # As written, not resolved: paths in it are those of the cluster.
     tree = document.read_tree(submission.job, submission.overrides)
-    job = tree.get("job", tree)  # a study or a search has one for all its runs
+    job = tree.get("job", tree)  # A study or a search has one for all its runs
     _check_submission(submission, job)
     environment = _collect_environment(submission.env, (job.get("recovery") or {}).get("grace_s", Recovery.grace_s))
-    # packaged before the connection: a secret among the files must stop the submission first
+    # Packaged before the connection: a secret among the files must stop the submission first.
     with tempfile.TemporaryDirectory() as scratch:
         archive = Path(scratch, "package.zip")
         command = write_entrypoint(submission, package.write_package(Path.cwd(), submission.job, archive))
@@ -99,10 +99,10 @@ def submit(submission: Submission) -> int:
 def write_entrypoint(submission: Submission, file: str) -> str:
     """Write the shell command of the job; it runs the copied code if that is Redux, otherwise the code of the image."""
     redux = ("python", "-m", "jobs.command") if _is_redux(Path.cwd()) else ("redux",)
-    # ~/ stays outside the quotes, so that the shell of the cluster replaces it
+    # ~/ stays outside the quotes, so that the shell of the cluster replaces it.
     home = "~/" if submission.runs_dir.startswith("~/") else ""
     runs_dir = home + shlex.quote(submission.runs_dir.removeprefix("~/"))
-    # exec, so that Ray's SIGTERM reaches redux and not a shell around it
+    # With exec, so that Ray's SIGTERM reaches redux and not a shell around it.
     return f"exec {shlex.join([*redux, 'run', file, *submission.overrides])} --runs-dir {runs_dir}"
 
 
@@ -113,7 +113,7 @@ def _is_redux(folder: Path) -> bool:
         return False
     try:
         project = tomllib.loads(path.read_text(encoding="utf-8")).get("project")
-    except ValueError as error:  # wrong TOML, or not UTF-8
+    except ValueError as error:  # Wrong TOML, or not UTF-8
         raise ValueError(f"{path}: {error}, allowed: TOML") from None
     return isinstance(project, dict) and project.get("name") == "redux-vlm"
 
@@ -146,7 +146,7 @@ def _check_submission(submission: Submission, job: Mapping[str, Any]) -> None:
 def _collect_environment(names: Sequence[str], grace_s: float) -> dict[str, str]:
     """Collect the variables that the job gets besides those of the cluster."""
     for name in names:
-        if "=" in name:  # the value may be secret, so it is not shown
+        if "=" in name:  # The value may be secret, so it is not shown
             raise ValueError(
                 f"--env: got {name.partition('=')[0]}=…, allowed: the name alone, the value is that of this shell"
             )
@@ -159,7 +159,7 @@ def _collect_environment(names: Sequence[str], grace_s: float) -> dict[str, str]
             )
     return {
         STOP_WAIT_VARIABLE: str(math.ceil(grace_s) + STOP_MARGIN_S),
-        "RAY_OVERRIDE_JOB_RUNTIME_ENV": "1",  # a run sets variables too; this keeps those of --env
+        "RAY_OVERRIDE_JOB_RUNTIME_ENV": "1",  # A run sets variables too; this keeps those of --env
         **{name: os.environ[name] for name in names},
     }
 
@@ -193,7 +193,7 @@ def _submit_once(
     client: JobSubmissionClient, submission: Submission, number: int, command: str, runtime_env: dict[str, Any]
 ) -> str:
     """Submit the job once, or find it if its id was submitted before; returns its id."""
-    # read again for each try, because others may have submitted meanwhile
+    # Read again for each try, because others may have submitted meanwhile.
     jobs_by_id = {job.submission_id: job for job in client.list_jobs() if job.submission_id}
     job_id = _choose_id(submission, number, jobs_by_id)
     if job_id not in jobs_by_id:
@@ -214,7 +214,7 @@ def _submit_once(
         except RuntimeError as error:
             if "already exists" not in str(error):
                 raise
-            if submission.id is None:  # another submission was faster
+            if submission.id is None:  # Another submission was faster
                 raise _build_conflict_error(submission.name, job_id, client.get_job_status(job_id)) from None
         else:
             attempt = f", try {number} of {submission.retries + 1}" if submission.retries else ""
@@ -223,7 +223,7 @@ def _submit_once(
                 flush=True,
             )
             return job_id
-    # the id exists: it is this submission, repeated, or somebody else's job
+    # The id exists: it is this submission, repeated, or somebody else's job.
     job = client.get_job_info(job_id)
     if find_run_name(job) != submission.name:
         raise ValueError(
@@ -237,7 +237,7 @@ def _choose_id(submission: Submission, number: int, jobs_by_id: Mapping[str, Any
     """Choose the id of a submission: the id of the user and a number, or the first free id from the name of the run."""
     if submission.id is not None:
         return submission.id if number == 1 else f"{submission.id}-{number}"
-    # Ray refuses the id of an ended job, too
+    # Ray refuses the id of an ended job, too.
     job_id, count = submission.name, 1
     while job_id in jobs_by_id and (
         jobs_by_id[job_id].status.is_terminal() or find_run_name(jobs_by_id[job_id]) != submission.name

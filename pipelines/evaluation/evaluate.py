@@ -113,13 +113,13 @@ class EvaluationActor:
     """Ray actor that loads the model at its first batch and answers batches with greedy decoding."""
 
     def __init__(self, evaluated: EvaluatedModel, settings: Evaluate, actors: int) -> None:
-        # actors on a CPU share its cores; more threads than cores slow all of them down
+        # Actors on a CPU share its cores; more threads than cores slow all of them down.
         if not torch.cuda.is_available():
             torch.set_num_threads(max(cluster.count_local_cpus() // actors, 1))
         self.evaluated = evaluated
         self.settings = settings
         self.model: Answerer | None = None
-        self.sizes = set[int]()  # numbers of questions of earlier batches
+        self.sizes = set[int]()  # Numbers of questions of earlier batches
 
     def __call__(self, rows: dict[str, np.ndarray]) -> dict[str, list]:
         """Answer a batch: one row per question, or a single row with "error" if it cannot be answered.
@@ -134,10 +134,10 @@ class EvaluationActor:
             problem = f"{failures.classify_error(error).text}{_name_broken_image(batch)}"
         else:
             problem = ""
-        # the first batch of a size compiles kernels, allocates memory and captures a graph, so its times are others
+        # The first batch of a size compiles kernels, allocates memory and captures a graph, so its times are others.
         is_warm_up = len(batch.questions) not in self.sizes
         self.sizes.add(len(batch.questions))
-        # values of the whole batch are repeated in each row, since Ray Data has columns of equal length
+        # Values of the whole batch are repeated in each row, since Ray Data has columns of equal length.
         count = len(answers.texts)
         return {
             "batch": [int(number)] * count,
@@ -153,7 +153,7 @@ class EvaluationActor:
 
     def _answer(self, batch: QuestionBatch) -> tuple[Answers, list[str]]:
         """Answer a batch, and measure the attention of some answers, as JSON; "" for the others."""
-        # the model is loaded here, not in __init__: an error in __init__ would make Ray start the actor again
+        # The model is loaded here, not in __init__: an error in __init__ would make Ray start the actor again.
         if self.model is None:
             evaluated = self.evaluated
             set_kernels(evaluated.kernels)
@@ -211,7 +211,7 @@ def evaluate(evaluated: EvaluatedModel, run: Path, settings: Evaluate, gpu_share
     """
     folder = run / ANSWERS_FOLDER
     folder.mkdir(exist_ok=True)
-    # the check comes before any answer is written, because answers do not say which model gave them
+    # The check comes before any answer is written, because answers do not say which model gave them.
     _check_provenance(folder, evaluated, settings)
     questions = {name: load_questions(name, task) for name, task in settings.tasks.items()}
     measured = {
@@ -237,7 +237,7 @@ def has_new_questions(run: Path, settings: Evaluate) -> bool:
     """Tell if the file of a user's task has other questions than those that were answered."""
     for name, task in settings.tasks.items():
         if task.file:
-            # all of them in their order, or the file has changed
+            # All of them in their order, or the file has changed.
             questions, rows = load_questions(name, task), read_answers(run, name)
             if len(questions) != len(rows) or not all(map(_is_answer, questions, rows)):
                 return True
@@ -253,7 +253,7 @@ def list_metric_names(settings: Evaluate) -> set[str]:
     speed = {"decode_tokens_per_s", "prefill_s_per_question", "peak_bytes"}
     names = {f"speed.{name}" for name in speed}
     for task, task_settings in settings.tasks.items():
-        # held-out samples become questions only in a run, so their types are not known yet
+        # Held-out samples become questions only in a run, so their types are not known yet.
         metrics = (
             ["accuracy"] if task_settings.held_out else _list_task_metrics(task, load_questions(task, task_settings))
         )
@@ -269,7 +269,7 @@ def _list_task_metrics(name: TaskName, questions: Sequence[Question]) -> list[st
 
 def _score_metrics(name: TaskName, metrics: Mapping[str, Metric]) -> dict[str, float]:
     if not metrics and name in BENCHMARKS and BENCHMARKS[name].build_submission:
-        return {}  # a server scores these answers; `redux score --submission` writes the file for it
+        return {}  # A server scores these answers; `redux score --submission` writes the file for it
     return benchmark_scores(metrics, f"evaluate.tasks.{name}.files")
 
 
@@ -300,7 +300,7 @@ def _check_local_images(folder: str, names: Sequence[str], reads_headers: bool) 
         names: paths in it.
         reads_headers: also check that Pillow knows the format of each. It takes a few milliseconds in a hundred files.
     """
-    # formats are checked only if all files exist
+    # Formats are checked only if all files exist.
     missing = [name for name in names if not Path(folder, name).is_file()]
     unknown = [name for name in names if reads_headers and not missing and not is_image(Path(folder, name))]
     for found, allowed in ((missing, "files that exist"), (unknown, "images that Pillow reads")):
@@ -314,9 +314,9 @@ def _check_provenance(folder: Path, evaluated: EvaluatedModel, settings: Evaluat
 
     A provenance file without answers is left from an evaluation that failed at its start, and is replaced.
     """
-    # everything that changes an answer or its score
+    # Everything that changes an answer or its score.
     config = answering.read_config(evaluated.model)
-    # the choice of kernels changes answers by rounding only
+    # The choice of kernels changes answers by rounding only.
     fields = {name: value for name, value in asdict(evaluated).items() if name != "kernels"}
     current = {
         **fields,
@@ -327,10 +327,10 @@ def _check_provenance(folder: Path, evaluated: EvaluatedModel, settings: Evaluat
         "image_input": settings.image_input,
         **{f"max_new_tokens.{name}": count_new_tokens(name, task) for name, task in settings.tasks.items()},
     }
-    # through JSON, so that tuples equal the lists of the file
+    # Through JSON, so that tuples equal the lists of the file.
     current = json.loads(json.dumps(current))
     path = folder / PROVENANCE_FILE
-    # a task that this call does not evaluate keeps its keys
+    # A task that this call does not evaluate keeps its keys.
     previous = json.loads(path.read_text()) if path.exists() and has_answers(folder.parent) else {}
     for key, value in previous.items():
         if current.setdefault(key, value) != value:
@@ -376,7 +376,7 @@ def _run_inference(
     ]
     actors = count_actors(settings, gpu_share, len(batches))
     _require_actors(actors, gpu_share)
-    # the batch is part of its row: large constructor arguments would be in the object store, see `_pass_by_value`
+    # The batch is part of its row: large constructor arguments would be in the object store, see `_pass_by_value`.
     rows = [{"number": number, "batch": batch} for number, batch in enumerate(batches)]
     answers = ray.data.from_items(rows, override_num_blocks=len(rows)).map_batches(
         EvaluationActor,
@@ -386,7 +386,7 @@ def _run_inference(
         num_cpus=0.5,
         num_gpus=gpu_share if cluster.count_gpus() else None,
     )
-    # this process writes all answers, so no two actors append to one file
+    # This process writes all answers, so no two actors append to one file.
     done = total - sum(map(len, remaining.values()))
     with _pass_by_value(), tqdm(desc="evaluate", total=total, initial=done, unit="question") as bar:
         bar.set_postfix_str("loading model")
@@ -448,7 +448,7 @@ def count_actors(settings: Evaluate, gpu_share: float, batches: int) -> int:
 def _make_batches(name: TaskName, questions: Sequence[Question], settings: Evaluate) -> Iterator[QuestionBatch]:
     """Make batches of similar length, to pad little; the longest first, so that out-of-memory errors come early."""
     task = settings.tasks[name]
-    # length in characters is close enough to length in tokens
+    # Length in characters is close enough to length in tokens.
     longest_first = sorted(questions, key=lambda question: -len(question.prompt))
     for start in range(0, len(longest_first), settings.batch_size):
         part = longest_first[start : start + settings.batch_size]
@@ -498,7 +498,7 @@ def _find_unanswered(
 
 def _read_rows_by_id(folder: Path, name: str) -> dict[str, dict[str, Any]]:
     """Read all rows of a task, from its complete and its partial file."""
-    # rows of the partial file are newer, so they come last
+    # Rows of the partial file are newer, so they come last.
     files = (folder / f"{name}.jsonl", find_partial_file(folder, name))
     return {row["id"]: row for path in files for row in jsonl.read(path)}
 
@@ -510,7 +510,7 @@ def _is_answer(question: Question, row: Mapping[str, Any]) -> bool:
 
 def _write_in_order(folder: Path, name: str, questions: Sequence[Question]) -> None:
     """Write all answers in the order of the benchmark, in one atomic step, then delete the partial file."""
-    # the complete file replaces an old one before the partial file is deleted, so no answer is ever lost
+    # The complete file replaces an old one before the partial file is deleted, so no answer is ever lost.
     rows = _read_rows_by_id(folder, name)
     text = "".join(json.dumps(rows[question.id]) + "\n" for question in questions)
     storage.write(str(folder / f"{name}.jsonl"), text.encode())
@@ -553,13 +553,13 @@ def compute_speed(run: Path) -> dict[str, float]:
     batches = jsonl.read(run / ANSWERS_FOLDER / SPEED_FILE)
     if not batches:
         return {}
-    # rows of earlier versions do not name them
+    # Rows of earlier versions do not name them.
     timed = [batch for batch in batches if not batch.get("is_warm_up")] or batches
     questions, tokens, prefill_s, decode_s = (
         sum(batch[name] for batch in timed) for name in ("questions", "tokens", "prefill_s", "decode_s")
     )
     return {
-        # the prefill computes the first token of each answer, so decoding does not count it
+        # The prefill computes the first token of each answer, so decoding does not count it.
         **({"speed.decode_tokens_per_s": (tokens - questions) / decode_s} if decode_s else {}),
         "speed.prefill_s_per_question": prefill_s / questions,
         "speed.peak_bytes": max(batch["peak_bytes"] for batch in batches),
@@ -583,7 +583,7 @@ def trace_compression(evaluated: EvaluatedModel, images: Sequence[bytes]) -> lis
         return []
     config = configure_checkpoint(evaluated.model, **evaluated.methods)
     if config.num_visual_tokens == config.num_patches:
-        return []  # the weights are not read
+        return []  # The weights are not read
     llava = ReduxForConditionalGeneration.from_pretrained(evaluated.model, **evaluated.methods).eval()
     _, image_aspect_ratio = answering.resolve_format(
         config.to_dict(), evaluated.template, evaluated.image_aspect_ratio, evaluated.allow_mismatch

@@ -43,7 +43,7 @@ def write_held_out_questions(url: str, share: float, name: str, file: Path) -> N
     """
     shards = Shards(url)
     numbers = select_held_out(len(shards), share, name).tolist()
-    # images of an interrupted call, or of another share, are of no use
+    # Images of an interrupted call, or of another share, are of no use.
     shutil.rmtree(file.parent, ignore_errors=True)
     file.parent.mkdir(parents=True)
     entries = []
@@ -68,7 +68,7 @@ def _read_usable(shards: Shards, numbers: Sequence[int]) -> list[tuple[int, Stor
     try:
         return list(zip(numbers, shards.read_samples(numbers), strict=True))
     except ValueError:
-        # one damaged sample fails the whole request, so each one gets its own
+        # One damaged sample fails the whole request, so each one gets its own.
         if len(numbers) == 1:
             return []
         return [found for number in numbers for found in _read_usable(shards, [number])]
@@ -76,7 +76,7 @@ def _read_usable(shards: Shards, numbers: Sequence[int]) -> list[tuple[int, Stor
 
 def _write_entry(number: int, sample: StoredSample, folder: Path) -> dict[str, Any] | None:
     """Write the image of a sample and return its entry; None for a sample that is left out."""
-    # as pipelines.data.ingest: tars of other programs may hold anything
+    # As pipelines.data.ingest: tars of other programs may hold anything.
     record = {name: sample.record[name] for name in ("conversations", "type") if name in sample.record}
     if find_rejection(record | ({"image": "image"} if sample.image else {}), None):
         return None

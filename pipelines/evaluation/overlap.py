@@ -79,7 +79,7 @@ class EvaluationImages:
             result.prompts.append(question.prompt)
             path = question.image if isinstance(question.image, str) else None
             if path is None and question.image is not None:
-                continue  # an image inside the file of a benchmark
+                continue  # An image inside the file of a benchmark
             result.by_path.setdefault(path, set()).add(list_question_texts(question.prompt)[0])
         if storage.is_local(folder):
             for path in filter(None, result.by_path):
@@ -108,7 +108,7 @@ def list_question_texts(text: str) -> list[str]:
     plain = unicodedata.normalize("NFKC", text.replace(IMAGE_TOKEN, "")).casefold().strip()
     lines = plain.splitlines() or [""]
     asked = [line.partition("?")[0] for line in lines if "?" in line] or lines[:1]
-    # punctuation inside a word stays: 2+3 is not 2-3
+    # Punctuation inside a word stays: 2+3 is not 2-3.
     words = [[word.strip(string.punctuation) for word in line.split()] for line in asked]
     return [" ".join(filter(None, line[1:] if line[:1] == ["question"] else line)) for line in words]
 
@@ -153,7 +153,7 @@ def find_overlap(shards: Shards, task: str, evaluation: EvaluationImages, seed: 
             for question in asked & evaluation.by_path.get(path, set()):
                 pairs.add((path or "", question))
                 example = example or _describe_pair(sample, question, path)
-    # samples that cannot match count as compared
+    # Samples that cannot match count as compared.
     compared = len(shards) - len(candidates) + len(rows)
     copies, copy_example, drawn = _find_copies(shards, evaluation, seed)
     questions = sum(map(len, evaluation.by_path.values()))
@@ -172,9 +172,9 @@ def _list_candidates(shards: Shards, evaluation: EvaluationImages) -> Any:
     """List the rows whose image has the size of an evaluation image, and those without one if questions have none."""
     sizes = [*evaluation.by_size, *([0] if None in evaluation.by_path else [])]
     if shards.prepared_format or not evaluation.by_size:
-        # compare paths, which are in the records
+        # Compare paths, which are in the records.
         return np.arange(len(shards)) if set(evaluation.by_path) else np.arange(0)
-    # -1 is unknown, for a set that is not made yet
+    # -1 is unknown, for a set that is not made yet.
     return np.flatnonzero(np.isin(shards.image_sizes, [-1, *sizes]))
 
 
@@ -183,7 +183,7 @@ def _read(shards: Shards, rows: Any) -> Iterator[StoredSample]:
         block = [int(row) for row in rows[first : first + BLOCK_CANDIDATES]]
         try:
             yield from shards.read_samples(block)
-        except ValueError:  # a damaged sample is found elsewhere
+        except ValueError:  # A damaged sample is found elsewhere
             continue
 
 
@@ -226,7 +226,7 @@ def _find_copies(shards: Shards, evaluation: EvaluationImages, seed: int) -> tup
     with_image = np.flatnonzero(shards.has_image) if known else np.arange(0)
     rng = np.random.default_rng((seed, 1))
     rows = np.sort(rng.permutation(with_image)[:MAX_DRAWN])
-    # only images with a question of the evaluation are decoded, on both sides
+    # Only images with a question of the evaluation are decoded, on both sides.
     drawn = []
     for sample in _read(shards, rows):
         asked = _list_asked(sample) & known
@@ -257,7 +257,7 @@ def _match_thumbnails(drawn: Any, stored: Any) -> tuple[Any, Any]:
     nearest = distances.argmin(1)
     first = distances[np.arange(len(drawn)), nearest]
     distances[np.arange(len(drawn)), nearest] = np.inf
-    # equal or empty images are near to each other
+    # Equal or empty images are near to each other.
     return nearest, (first < MAX_DISTANCE) & (first < MAX_DISTANCE_RATIO * distances.min(1))
 
 
@@ -274,8 +274,8 @@ def _draw_thumbnail(image: bytes) -> Float[np.ndarray, " values"] | None:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
             with Image.open(io.BytesIO(image)) as opened:
-                opened.draft("RGB", (4 * THUMBNAIL_SIDE, 4 * THUMBNAIL_SIDE))  # a JPEG is decoded at an eighth
+                opened.draft("RGB", (4 * THUMBNAIL_SIDE, 4 * THUMBNAIL_SIDE))  # A JPEG is decoded at an eighth
                 small = opened.convert("RGB").resize((THUMBNAIL_SIDE, THUMBNAIL_SIDE), Image.Resampling.BOX)
-    except Exception:  # each format raises others; a sample that cannot be read is a problem of its own
+    except Exception:  # Each format raises others; a sample that cannot be read is a problem of its own
         return None
     return np.asarray(small, np.float32).ravel()

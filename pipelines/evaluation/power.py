@@ -53,7 +53,7 @@ def estimate_item_deviation(ours: Sequence[Metric], base: Sequence[Metric]) -> f
     Args:
         ours, base: one metric for each training seed, with the same items.
     """
-    # each item's difference is a mean over seeds, as in the paired comparison
+    # Each item's difference is a mean over seeds, as in the paired comparison.
     differences: dict[tuple[str, str], float] = {}
     for sign, metrics in ((1, ours), (-1, base)):
         for metric in metrics:
@@ -71,7 +71,7 @@ def estimate_seed_deviation(models: Sequence[Sequence[Metric]]) -> float | None:
     Args:
         models: for each model one metric for each training seed.
     """
-    # a single seed shows no spread
+    # A single seed shows no spread.
     repeated = [[metric.score for metric in metrics] for metrics in models if len(metrics) > 1]
     freedom = sum(len(scores) - 1 for scores in repeated)
     if not freedom:

@@ -107,7 +107,7 @@ def bootstrap_difference(
     scores = _resample_scores(_UnitSums([ours, base]), samples, seed)
     our_scores = [metric.score for metric in ours]
     base_scores = [metric.score for metric in base]
-    # the whole ranges must not overlap: the order of seeds means nothing
+    # The whole ranges must not overlap: the order of seeds means nothing.
     seeds_agree = min(our_scores) > max(base_scores) or max(our_scores) < min(base_scores)
     mean = float(np.mean(our_scores) - np.mean(base_scores))
     return Difference(mean, *_percentiles(scores[:, 0] - scores[:, 1]), seeds_agree)
@@ -142,7 +142,7 @@ def compare_over_seeds(
     """
     scores = _resample_scores(_UnitSums([ours, base]), samples, seed)
     difference = scores[:, 0] - scores[:, 1]
-    # two streams of draws, because the seeds of the models are independent
+    # Two streams of draws, because the seeds of the models are independent.
     difference += _draw_deviations(ours, samples, seed) - _draw_deviations(base, samples, seed + 1)
     mean = np.mean([metric.score for metric in ours]) - np.mean([metric.score for metric in base])
     return Interval(float(mean), *_percentiles(difference))
@@ -156,14 +156,14 @@ def permutation_p_value(ours: Sequence[Metric], base: Sequence[Metric], samples:
     Arguments and errors are those of `bootstrap_difference`.
     """
     items = _UnitSums([ours, base])
-    # each unit adds this much to the difference of the scores, and its negative with exchanged labels
+    # Each unit adds this much to the difference of the scores, and its negative with exchanged labels.
     parts = items.weight * ((items.sums[0] - items.sums[1]) / items.counts.sum(0)).sum(1)
     random = np.random.default_rng(seed)
     chunk = max(COUNTS_PER_CHUNK // len(parts), 1)
     as_large = 0
     for start in range(0, samples, chunk):
         signs = random.choice((-1.0, 1.0), size=(min(chunk, samples - start), len(parts)))
-        # rounding must not tell the observed labels from equal ones
+        # Rounding must not tell the observed labels from equal ones.
         as_large += int((np.abs(signs @ parts) >= abs(parts.sum()) - 1e-12).sum())
     return (1 + as_large) / (1 + samples)
 
@@ -187,20 +187,20 @@ class _UnitSums:
     def __init__(self, models: Sequence[Sequence[Metric]]) -> None:
         if not all(models) or not all(metric.outcomes for metrics in models for metric in metrics):
             raise ValueError("metrics: got none, or one without outcomes, allowed: at least one, each with outcomes")
-        # unpaired items would make the difference of two models meaningless
+        # Unpaired items would make the difference of two models meaningless.
         first = models[0][0]
         for metrics in models:
             for metric in metrics:
                 _require_same_items(first, metric)
         unit_ids = dict.fromkeys(outcome.unit for outcome in first.outcomes)
         group_ids = dict.fromkeys(outcome.group for outcome in first.outcomes)
-        # dict.fromkeys has a fixed order, unlike a set, so the same seed gives the same draws
+        # dict.fromkeys has a fixed order, unlike a set, so the same seed gives the same draws.
         units = {unit: index for index, unit in enumerate(unit_ids)}
         groups = {group: index for index, group in enumerate(group_ids)}
         self.weight = first.weight
         self.counts = np.zeros((len(units), len(groups)))
         self.sums = np.zeros((len(models), *self.counts.shape))
-        # all metrics have the same items, so the first has the counts of all
+        # All metrics have the same items, so the first has the counts of all.
         for group, unit, _ in first.outcomes:
             self.counts[units[unit], groups[group]] += 1
         for sums, metrics in zip(self.sums, models, strict=True):
@@ -230,14 +230,14 @@ def _resample_scores(items: _UnitSums, samples: int, seed: int) -> np.ndarray:
     """Compute the scores of all draws, shape (samples, models)."""
     units = len(items.counts)
     means = items.sums.sum(1) / items.counts.sum(0)
-    # one matrix product per chunk gives the counts and the sums of every model
+    # One matrix product per chunk gives the counts and the sums of every model.
     flat = np.concatenate([items.counts, *items.sums], axis=1, dtype=np.float32)
     chunk = max(COUNTS_PER_CHUNK // units, 1)
     scores = []
     for start in range(0, samples, chunk):
         totals = _draw_counts(units, min(chunk, samples - start), seed, start) @ flat
         count, *sums = np.split(totals, len(items.sums) + 1, 1)
-        # a group without a unit in a draw keeps its mean
+        # A group without a unit in a draw keeps its mean.
         shares = [
             np.divide(total, count, out=np.broadcast_to(mean, total.shape).copy(), where=count > 0)
             for total, mean in zip(sums, means, strict=True)
@@ -251,7 +251,7 @@ def _draw_counts(units: int, samples: int, seed: int, start: int) -> np.ndarray:
     """Count how often each unit is drawn, shape (samples, units); as many draws as units, with replacement."""
     random = np.random.default_rng([seed, start])
     draws = random.integers(units, size=(samples, units), dtype=np.int32)
-    # a different offset per sample lets one bincount count all samples
+    # A different offset per sample lets one bincount count all samples.
     draws += np.arange(samples, dtype=np.int32)[:, None] * units
     counts = np.bincount(draws.ravel(), minlength=samples * units)
     return counts.reshape(samples, units).astype(np.float32)

@@ -83,7 +83,7 @@ EVALUATION_TASKS: dict[str, Task] = {
 CUSTOM_TOKENS = 128
 """Default of TaskSettings.max_new_tokens for questions of users."""
 
-# the name of a task becomes that of the file of its answers
+# The name of a task becomes that of the file of its answers.
 TaskName = Annotated[str, StringConstraints(pattern=r"^[A-Za-z0-9][A-Za-z0-9_-]*$")]
 
 RESERVED_NAMES = ("speed",)
@@ -257,7 +257,7 @@ def load_questions(name: TaskName, task: TaskSettings) -> list[Question]:
     if not questions:
         raise ValueError(f"{key}: no questions in {task.file or ', '.join(task.files)}, allowed: some")
     if task.limit or task.exclude_first:
-        # select whole units, so that all questions about an image are kept or left out together
+        # Select whole units, so that all questions about an image are kept or left out together.
         units = list(dict.fromkeys(question.unit for question in questions))
         count = task.limit or task.exclude_first or 0
         selected = {units[index] for index in spread_evenly(len(units), count)}
@@ -266,7 +266,7 @@ def load_questions(name: TaskName, task: TaskSettings) -> list[Question]:
             raise ValueError(
                 f"evaluate.tasks.{name}.exclude_first: got {task.exclude_first}, allowed: up to {len(units) - 1}"
             )
-    # answers are stored by id, so a second question with the same id would take the first answer
+    # Answers are stored by id, so a second question with the same id would take the first answer.
     [(id, times)] = Counter(question.id for question in questions).most_common(1)
     if times > 1:
         raise ValueError(f"{key}: {times} questions with the id {id}, allowed: one")

@@ -50,7 +50,7 @@ def write_summary(tables: Sequence[ResultTable]) -> list[str]:
 
 def _compare_with_llava(table: ResultTable, rows: Sequence[ResultRow]) -> str:
     """Compare VMTC + CMAI with LLaVA in a sentence; "" without a run of one of them, because runs may vary anything."""
-    # of several budgets, the one nearest to the paper's half of the tokens
+    # Of several budgets, the one nearest to the paper's half of the tokens.
     candidates = [row for row in rows if row.kind == "both" and row.removed is not None]
     ours = min(candidates, key=lambda row: abs((row.removed or 0) - 0.5), default=None)
     base = next((row for row in rows if row.kind == "llava"), None)
@@ -103,7 +103,7 @@ def render(
         verdicts: verdicts on the claims of the paper, of families that can judge at least one.
     """
     by_key = {table.key: table for table in tables}
-    # plots find their columns in whole tables; the page shows what is filled
+    # Plots find their columns in whole tables; the page shows what is filled.
     filled_tables = [filled for table in tables if (filled := keep_filled(table)).blocks]
     rows = [row for table in filled_tables for of_family in table.blocks.values() for row in of_family]
     return page.render(
@@ -156,7 +156,7 @@ def _plot_tradeoff(family: str, column: Column, rows: Sequence[ResultRow], acros
         axes = figure.add_subplot()
         points = []
         for row in rows:
-            # every row has a number in both columns, see _plot_tradeoffs
+            # Every row has a number in both columns, see _plot_tradeoffs.
             x, y = _get_cell(row, across), _get_cell(row, up)
             points.append((x.value, y.value))
             colour = _colour_of(row.kind)
@@ -164,19 +164,19 @@ def _plot_tradeoff(family: str, column: Column, rows: Sequence[ResultRow], acros
                 x.value, y.value, xerr=_error_bar(x), yerr=_error_bar(y),
                 fmt="o", color=colour, ecolor=colour, elinewidth=0.8, markersize=5,
             )  # fmt: skip
-        # axes and grid
+        # Axes and grid.
         axes.set_xlabel(f"understanding: {column.name}", color=INK)
         axes.set_ylabel("instructions followed, %", color=INK)
         axes.grid(axis="x", color=LINE, linewidth=0.6)
         style_axes(axes)
-        # labels need the final positions of the points in pixels
+        # Labels need the final positions of the points in pixels.
         figure.draw_without_rendering()
         occupied = find_point_boxes(axes, points)
         for row, point in zip(rows, points, strict=True):
             place_label(
                 axes, shorten_label(row.label, LABEL_LENGTH), point, _colour_of(row.kind), occupied, required=True
             )
-        # the numbers are the description for screen readers
+        # The numbers are the description for screen readers.
         values = "; ".join(f"{row.label} {x:.1f}, {y:.1f}" for row, (x, y) in zip(rows, points, strict=True))
         return Plot(
             "Understanding and instruction following",
@@ -228,7 +228,7 @@ def _plot_ratio(prefix: str, family: str, column: Column, rows: Sequence[ResultR
     from matplotlib import rc_context
     from matplotlib.figure import Figure
 
-    # markers also separate kinds that share the faint colour
+    # Markers also separate kinds that share the faint colour.
     kinds = dict.fromkeys(row.kind for row in rows if row.kind != "llava")
     markers = dict(zip(kinds, "os^DvPX", strict=False))
     with rc_context(STYLE):
@@ -236,9 +236,9 @@ def _plot_ratio(prefix: str, family: str, column: Column, rows: Sequence[ResultR
         axes = figure.add_subplot()
         for kind in kinds:
             line = sorted((row for row in rows if row.kind == kind), key=lambda row: row.removed or 0)
-            if len(line) > 1:  # a single model stays a point
+            if len(line) > 1:  # A single model stays a point
                 line = [*(row for row in rows if row.kind == "llava"), *line]
-            # matplotlib takes error bars as one list of lengths below and one of lengths above
+            # Matplotlib takes error bars as one list of lengths below and one of lengths above.
             cells = [_get_cell(row, index) for row in line]
             bars = [_error_bar(cell) or [[0], [0]] for cell in cells]
             colour = _colour_of(kind)
@@ -252,7 +252,7 @@ def _plot_ratio(prefix: str, family: str, column: Column, rows: Sequence[ResultR
         axes.set_ylabel("%" if column.factor == 100 else "points", color=INK)
         axes.legend(frameon=False, labelcolor=INK, fontsize=8)
         style_axes(axes)
-        # the numbers are the description for screen readers
+        # The numbers are the description for screen readers.
         title = _title_of(column)
         values = "; ".join(f"{row.label} {_get_cell(row, index).value:.1f}" for row in rows)
         return Plot(title, to_svg(figure, f"{prefix}-{column.name}-", f"{title}: {values}"), family)

@@ -10,7 +10,7 @@ from redux.settings import METHODS
 TEXT_TOKENS = 64
 """Text tokens of the prompt whose cost is shown."""
 
-# parts of the FLOPs: title, colour and opacity
+# Parts of the FLOPs: title, colour and opacity.
 FLOPS_PARTS = {
     "tower": ("image tower", "accent", 1.0),
     "compression": ("VMTC or another reduction", "bad", 1.0),

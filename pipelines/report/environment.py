@@ -74,7 +74,7 @@ def read_commit(repository: Path) -> dict[str, Any]:
             "is_modified": bool(_run_git(repository, "status", "--porcelain", "--untracked-files=no").strip()),
         }
     except (OSError, subprocess.SubprocessError):
-        return {}  # no git, or a checkout of another user
+        return {}  # No git, or a checkout of another user
 
 
 def _run_git(repository: Path, *words: str) -> str:

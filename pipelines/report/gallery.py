@@ -113,8 +113,8 @@ class ImageReader:
         url = self.locate({"image": str(image)})
         try:
             return storage.read(url)
-        except Exception as error:  # each kind of store has its own
-            # a store that does not answer is not asked again, because each try may take minutes
+        except Exception as error:  # Each kind of store has its own
+            # A store that does not answer is not asked again, because each try may take minutes.
             self._is_reachable = storage.is_local(url)
             reason = str(error).removeprefix(f"{url}: ").partition(", allowed")[0]
             raise ValueError(f"{image}: {reason}") from None
@@ -176,7 +176,7 @@ def _spread_over_kinds(rows: Sequence[JudgedRow], count: int) -> list[JudgedRow]
             if left and quotas[kind] < len(numbers):
                 quotas[kind] += 1
                 left -= 1
-    # each type begins at another row, because several types may have the same images in the same order
+    # Each type begins at another row, because several types may have the same images in the same order.
     selected = [
         numbers[(position + shift * (len(numbers) // len(by_kind) + 1)) % len(numbers)]
         for shift, (kind, numbers) in enumerate(by_kind.items())
@@ -227,9 +227,9 @@ def make_thumbnail(content: bytes) -> Image.Image:
     """Decode an image file as a thumbnail; ValueError if that is impossible."""
     try:
         with Image.open(io.BytesIO(content)) as opened:
-            opened.draft("RGB", (2 * THUMBNAIL_SIZE, 2 * THUMBNAIL_SIZE))  # a large JPEG is decoded at a smaller size
+            opened.draft("RGB", (2 * THUMBNAIL_SIZE, 2 * THUMBNAIL_SIZE))  # A large JPEG is decoded at a smaller size
             image = opened.convert("RGB")
-    except Exception as error:  # each of Pillow's formats has its own
+    except Exception as error:  # Each of Pillow's formats has its own
         raise ValueError(f"not an image that can be read: {type(error).__name__}") from None
     image.thumbnail((THUMBNAIL_SIZE, THUMBNAIL_SIZE))
     return image

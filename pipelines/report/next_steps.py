@@ -53,7 +53,7 @@ def list_next_steps(
     if not is_finished:
         command = _join("redux", "run", f"{folder}/job.yaml", "--runs-dir", shorten_path(run.resolve().parent))
         steps.append(NextStep("Continue this run", command))
-    # a model can be used before the run is finished
+    # A model can be used before the run is finished.
     if model:
         sample = sample or SampleQuestion()
         steps += [
@@ -61,7 +61,7 @@ def list_next_steps(
             NextStep("Talk with the model in the terminal", _join("redux", "chat", folder, sample.image)),
             _serve_step(folder, has_method),
         ]
-        # a job that only evaluates has no model of its own to export
+        # A job that only evaluates has no model of its own to export.
         if job.get("train"):
             export = _join("redux", "export", folder, "--to", "hf")
             steps.append(NextStep("Write a model folder for transformers, with a model card", export))

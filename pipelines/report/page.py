@@ -39,7 +39,7 @@ def _load_environment() -> jinja2.Environment:
     """Load Jinja. The environment keeps compiled templates, which take longer to compile than to render."""
     import jinja2
 
-    # StrictUndefined: a misspelled name in a template is an error, not an empty text
+    # StrictUndefined: a misspelled name in a template is an error, not an empty text.
     environment = jinja2.Environment(
         loader=jinja2.FileSystemLoader(Path(__file__).parents[1] / "templates"),
         autoescape=True,
@@ -53,7 +53,7 @@ def _load_environment() -> jinja2.Environment:
 
 def write(path: Path, text: str) -> Path:
     """Write a file in one atomic step, so that a reader sees the old or the new one as a whole; return its path."""
-    # texts of models may have half of a surrogate pair, which UTF-8 cannot write
+    # Texts of models may have half of a surrogate pair, which UTF-8 cannot write.
     storage.write(str(path), text.encode(errors="replace"))
     return path
 
@@ -98,7 +98,7 @@ def format_number(value: Any, digits: int = 3) -> str:
     for unit, size in UNITS.items():
         if abs(value) >= size:
             return f"{value / size:.{digits}g} {unit}"
-    # digits before the decimal point are never rounded away
+    # Digits before the decimal point are never rounded away.
     is_whole = isinstance(value, int) or abs(value) >= 10 ** (digits - 1)
     return f"{value:,.0f}" if is_whole else f"{value:.{digits}g}"
 

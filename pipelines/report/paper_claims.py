@@ -69,7 +69,7 @@ class PaperClaim:
         if printed is None:
             return {}
         result = {}
-        # Tables 3 to 5 have one size
+        # Tables 3 to 5 have one size.
         for size in SIZES if self.table == "table-1" else SIZES[:1]:
             names = [str(row.paper).format(size=size) for row in self.rows]
             columns = [column for column in PAPER_COLUMNS[self.measure] if column in printed.columns]

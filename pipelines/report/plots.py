@@ -15,7 +15,7 @@ if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
 
-# matplotlib accepts no CSS variables, so it draws in these colours and to_svg replaces them
+# Matplotlib accepts no CSS variables, so it draws in these colours and to_svg replaces them.
 VARIABLE_BY_COLOUR = {
     "#010203": "var(--ink)",
     "#040506": "var(--faint)",
@@ -68,12 +68,12 @@ def to_svg(figure: Figure, prefix: str, label: str) -> Markup:
     """
     from markupsafe import Markup, escape
 
-    # without date and version, so that the same run gives the same bytes
+    # Without date and version, so that the same run gives the same bytes.
     file = io.StringIO()
     figure.savefig(file, format="svg", transparent=True, metadata=dict.fromkeys(("Creator", "Date", "Format", "Type")))
     text = file.getvalue()
     text = text[text.index("<svg") :].replace("<svg", f'<svg role="img" aria-label="{escape(label)}"', 1)
-    # ids of several plots in a page must differ, also where they are referenced
+    # Ids of several plots in a page must differ, also where they are referenced.
     prefix = "".join(letter if letter.isalnum() else "-" for letter in prefix)
     for mark in ('id="', 'href="#', "url(#"):
         text = text.replace(mark, mark + prefix)
@@ -104,7 +104,7 @@ def place_label(
         occupied: areas that are already covered; the area of the label is appended.
         required: if no position is free, use the first one inside the axes, else leave the label out.
     """
-    # a required label tries all positions a second time, then with nothing to avoid
+    # A required label tries all positions a second time, then with nothing to avoid.
     frame = axes.get_window_extent()
     for avoided in [occupied, []] if required else [occupied]:
         for x, y in LABEL_OFFSETS:
@@ -112,7 +112,7 @@ def place_label(
                 text, point, (x, y), textcoords="offset points", ha="left" if x > 0 else "right", fontsize=8,
                 color=colour, parse_math=False, in_layout=False,
             )  # fmt: skip
-            # only matplotlib knows the size of a text, so it is drawn and removed again if it does not fit
+            # Only matplotlib knows the size of a text, so it is drawn and removed again if it does not fit.
             box = note.get_window_extent()
             is_inside = frame.x0 <= box.x0 and box.x1 <= frame.x1 and frame.y0 <= box.y0 and box.y1 <= frame.y1
             if is_inside and not any(box.overlaps(other) for other in avoided):

@@ -47,7 +47,7 @@ if TYPE_CHECKING:
     from redux.trace import ImageTrace
 
 STAGE_TITLES = {"tower": "Image tower", "pretrain": "Pretraining", "instruct": "Instruction tuning"}
-# parts of the wall time by their name in the ledger: title, colour and opacity
+# Parts of the wall time by their name in the ledger: title, colour and opacity.
 TIME_PARTS = {
     "productive": ("computing", "good", 1.0),
     "evaluation": ("evaluating", "accent", 1.0),
@@ -215,7 +215,7 @@ def write_run_report(
     from pipelines.report.gallery import ImageReader, make_gallery
     from pipelines.report.scores import count_confusions, read_results
 
-    # every file may be missing: the report then leaves out its section
+    # Every file may be missing: the report then leaves out its section.
     job = _read_text(run / JOB_FILE)
     results = read_results(run)
     readers = {result.name: ImageReader(result.name, (tasks or {}).get(result.name)) for result in results}
@@ -245,7 +245,7 @@ def _collect_training(run: Path, job: str) -> dict[str, Any]:
     stages = _group_by_stage(jsonl.read(run / METRICS_FILE))
     book = ledger.read_ledger(run)
     described = environment.describe_environment(run)
-    # the ledger begins with the first stage; it also has the time between a crash and the next launch
+    # The ledger begins with the first stage; it also has the time between a crash and the next launch.
     wall_s = max(metrics["wall_s"], book.account.total) if "wall_s" in metrics else None
     return {
         "name": _parse_job(job).get("name") or run.resolve().name,
@@ -281,7 +281,7 @@ def _compare_cost(model: ReportedModel | None) -> CostComparison | None:
     try:
         return compare_cost(model.config)
     except ValueError:
-        return None  # a LLaVA whose cost is not computed, such as one that reads several layers of its tower
+        return None  # A LLaVA whose cost is not computed, such as one that reads several layers of its tower
 
 
 def _list_next_steps(
@@ -338,7 +338,7 @@ def _sum_throughput(stage: str, rows: Sequence[Mapping[str, Any]], loop: LoopTim
 def _split_wall_time(metrics: Mapping[str, float], wall_s: float | None) -> list[tuple[str, float]]:
     """List the seconds of each step of the job ("wall_s.tower"), and the seconds between steps."""
     prefix = "wall_s."
-    # time outside the steps is shown from half a second on
+    # Time outside the steps is shown from half a second on.
     spans = [(name.removeprefix(prefix), seconds) for name, seconds in metrics.items() if name.startswith(prefix)]
     unassigned_s = (wall_s or 0.0) - sum(seconds for _, seconds in spans)
     return [*spans, ("between steps", unassigned_s)] if spans and unassigned_s >= 0.5 else spans
@@ -382,7 +382,7 @@ def _plot_loss(stage: str, rows: Sequence[Mapping[str, Any]]) -> LossPlot:
         figure = Figure(figsize=(3.7, 2.6), layout="constrained")
         axes = figure.add_subplot()
         _plot_learning_rate(axes, step, _read_column(rows, "learning_rate"))
-        marker = "o" if len(rows) == 1 else ""  # a single step has no line
+        marker = "o" if len(rows) == 1 else ""  # A single step has no line
         axes.plot(step, loss, color=ACCENT, linewidth=0.6, alpha=0.4)
         axes.plot(step, smoothed, color=ACCENT, linewidth=1.8, marker=marker, markersize=4)
         validated = _read_column(rows, VALIDATION_LOSS)
@@ -430,7 +430,7 @@ def _plot_learning_rate(axes: Axes, step: np.ndarray, rate: np.ndarray) -> None:
     twin.set_axis_off()
     twin.text(0.99, 0.985, f"learning rate, peak {np.nanmax(rate):.2g}", transform=twin.transAxes,
               ha="right", va="top", color=FAINT, fontsize=8)  # fmt: skip
-    # matplotlib draws a twin axis on top; move the loss in front, without its background
+    # Matplotlib draws a twin axis on top; move the loss in front, without its background.
     axes.set_zorder(twin.get_zorder() + 1)
     axes.patch.set_visible(False)
 
@@ -441,7 +441,7 @@ def _scale_loss_axis(axes: Axes, loss: np.ndarray) -> None:
     from matplotlib.ticker import FuncFormatter, LogLocator, MaxNLocator, NullFormatter
 
     finite = loss[np.isfinite(loss)]
-    # a linear axis would flatten the end of a curve that falls far
+    # A linear axis would flatten the end of a curve that falls far.
     if finite.size and finite.min() > 0 and finite.max() / finite.min() > 5:
         axes.set_yscale("log")
         axes.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
@@ -473,11 +473,11 @@ def _collect_patches(
         if model and model.trace and selected:
             traces = model.trace([image for _, _, image in selected])
     except (OSError, ValueError, ImportError, RuntimeError) as error:
-        problem = f"The patches are not shown: {error}"  # a report without them is better than none
+        problem = f"The patches are not shown: {error}"  # A report without them is better than none
     if not traces:
         pictures = []
         for title, judged, image in selected:
-            with contextlib.suppress(ValueError):  # not an image that can be read
+            with contextlib.suppress(ValueError):  # Not an image that can be read
                 pictures.append(Picture(title, _write_caption(judged), make_thumbnail(image)))
         return Patches(pictures=pictures, problem=problem)
     drawn = [_draw_panel(title, judged, trace) for (title, judged, _), trace in zip(selected, traces, strict=True)]
@@ -491,7 +491,7 @@ def _draw_panel(title: str, judged: JudgedRow, trace: ImageTrace) -> tuple[Patch
     from redux.picture import enlarge_image
 
     token_of_patch, merged = trace.token_of_patch, trace.merged
-    # see ImageTrace for the two arrays
+    # See ImageTrace for the two arrays.
     dropped = token_of_patch < 0
     clustered = merged & ~dropped
     original, patches = enlarge_image(trace.image, token_of_patch.size), trace.draw()

@@ -120,7 +120,7 @@ class FinishedRun:
     @property
     def training_s(self) -> float | None:
         """Seconds of the training loops: computing, waiting for data, and stalls."""
-        # a job that only evaluates has no record of training
+        # A job that only evaluates has no record of training.
         path = self.folder / METRICS_FILE
         if not path.exists():
             return None
@@ -129,7 +129,7 @@ class FinishedRun:
     @cached_property
     def config(self) -> ReduxConfig | None:
         """Configuration of the model, if the run folder has it."""
-        # the last stage has the model that was evaluated
+        # The last stage has the model that was evaluated.
         stages = list_stage_models(self.job, self.folder)
         for model in (*reversed(stages), str(self.folder / ASSEMBLED_FOLDER)):
             path = storage.join(model, CONFIG_FILE)
@@ -207,7 +207,7 @@ class ComparedModel:
 
     def mean_number(self, name: str) -> float | None:
         """Mean over the runs of a number in metrics.json; None if no run has it."""
-        # older runs may lack a number
+        # Older runs may lack a number.
         values = [run.numbers[name] for run in self.runs if name in run.numbers]
         return sum(values) / len(values) if values else None
 
@@ -286,19 +286,19 @@ def group_families(runs: Sequence[FinishedRun], notes: list[str]) -> list[Family
             f"T12 of {', '.join(approximate)}: sentences were counted by regular expressions, "
             "not by Punkt as in IFEval."
         )
-    # LLaVA runs make the families; if there are none, foreign models make families of their own
+    # LLaVA runs make the families; if there are none, foreign models make families of their own.
     foreign = [run for run in runs if run.is_foreign]
     by_family = defaultdict[str, list[FinishedRun]](list)
     for run in [run for run in runs if not run.is_foreign] or foreign:
         by_family[_family_key(run)].append(run)
     models = {key: list(_group_seeds(family, notes)) for key, family in by_family.items()}
-    # a foreign model joins every family with the same evaluation tasks
+    # A foreign model joins every family with the same evaluation tasks.
     foreign_is_family = bool(by_family.keys() & {_family_key(run) for run in foreign})
     for model in [] if foreign_is_family else _group_seeds(foreign, notes):
         for key, family in by_family.items():
             if _read_tasks(family[0]) == _read_tasks(model.runs[0]):
                 models[key].append(model)
-    # labels come last, because they name only the differences between families
+    # Labels come last, because they name only the differences between families.
     labels = _make_labels(list(models))
     return [Family(label, tuple(models[key])) for key, label in zip(models, labels, strict=True)]
 
@@ -315,7 +315,7 @@ def _find_run_folders(path: Path) -> list[Path]:
     if (path / JOB_FILE).exists():
         return [path]
     files = [file for pattern in ("*/job.yaml", "*/*/job.yaml") for file in sorted(path.glob(pattern))]
-    # the shared stages of a study are not evaluated
+    # The shared stages of a study are not evaluated.
     return [
         file.parent
         for file in files
@@ -325,7 +325,7 @@ def _find_run_folders(path: Path) -> list[Path]:
 
 def read_run(folder: Path, find_scorer: FindScorer) -> FinishedRun:
     """Read a run folder and score its answers."""
-    # numbers of metrics.json replace those of scores.json
+    # Numbers of metrics.json replace those of scores.json.
     job = _rebase(_read_job(folder / JOB_FILE), folder)
     numbers: dict[str, float] = {}
     for name in (SCORES_FILE, "metrics.json"):
@@ -368,7 +368,7 @@ def _read_job(path: Path) -> dict[str, Any]:
         raise ValueError(f"{path}: no YAML: {error}") from None
     if not isinstance(job, dict) or not isinstance(job.get("model"), dict):
         raise ValueError(f"{path}: got no section model, allowed: a job as a run writes it")
-    if "workers" in job:  # a key of every resolved job before the keys got their present names
+    if "workers" in job:  # A key of every resolved job before the keys got their present names
         raise ValueError(f"{path}: written by an earlier version of Redux, allowed: runs of this version")
     return job
 
@@ -381,12 +381,12 @@ def _rebase(job: dict[str, Any], folder: Path) -> dict[str, Any]:
     checkpoint = job["model"].get("checkpoint")
     if not isinstance(checkpoint, str) or Path(checkpoint).exists():
         return job
-    # the run of the checkpoint lies beside this one, under another path than in the job
+    # The run of the checkpoint lies beside this one, under another path than in the job.
     here = folder.resolve().parent
     before = next((parent.parent for parent in Path(checkpoint).parents if _is_run_folder(here / parent.name)), None)
     if before is None:
         return job
-    # paths of sets and checkpoints all begin with the former folder
+    # Paths of sets and checkpoints all begin with the former folder.
     text = json.dumps(job).replace(json.dumps(f"{before}/")[:-1], json.dumps(f"{here}/")[:-1])
     return dict(json.loads(text))
 
@@ -398,12 +398,12 @@ def _find_source_job(job: dict[str, Any]) -> dict[str, Any]:
     of that run as its source.
     """
     checkpoint = job["model"].get("checkpoint")
-    # the checkpoint of a run is inside the run folder, so a folder above it has the job
+    # The checkpoint of a run is inside the run folder, so a folder above it has the job.
     parents = Path(checkpoint).parents if isinstance(checkpoint, str) else ()
     previous = next((_read_job(folder / JOB_FILE) for folder in parents if _is_run_folder(folder)), None)
     if previous is None or not job.get("train"):
         return previous or job
-    # sizes and inherited methods are in the job of the checkpoint only
+    # Sizes and inherited methods are in the job of the checkpoint only.
     inherited = ("tower", "language", *(name for name in METHODS if job["model"].get(name) == "checkpoint"))
     return job | {"model": job["model"] | {part: previous["model"].get(part) for part in inherited}}
 
@@ -444,7 +444,7 @@ def make_preset(methods: Mapping[str, Any], shows: str = "") -> Preset:
 
 def family_settings(source_job: Mapping[str, Any], job: Mapping[str, Any]) -> dict[str, Any]:
     """Collect the settings that separate families, by dotted name: training and evaluation tasks."""
-    # training settings of the source, evaluation settings of this run
+    # Training settings of the source, evaluation settings of this run.
     combined = copy.deepcopy({**source_job, "evaluate": job.get("evaluate")})
     return {key: value for key, value in flatten_dict(combined).items() if not is_in_sections(key, SAME_FAMILY_KEYS)}
 
@@ -453,7 +453,7 @@ def _group_seeds(family: Sequence[FinishedRun], notes: list[str]) -> Iterator[Co
     """Group runs that differ only in the seed; add a note for each run whose settings and seed occur twice."""
     by_settings = defaultdict[str, dict[int, FinishedRun]](dict)
     for run in family:
-        # runs with the same family and methods are seeds of one model
+        # Runs with the same family and methods are seeds of one model.
         settings = [asdict(run.methods), asdict(run.trained_with), run.uses_captions]
         seeds = by_settings[json.dumps(settings, sort_keys=True)]
         if run.seed in seeds:
@@ -477,7 +477,7 @@ def _make_labels(keys: Sequence[str]) -> Iterator[str]:
     families = [json.loads(key) for key in keys]
     sizes = [_describe_sizes(settings) for settings in families]
     stages = [_list_stages(settings) for settings in families]
-    # a stage that some families lack is named as a whole, not by each of its settings
+    # A stage that some families lack is named as a whole, not by each of its settings.
     common = set(stages[0]).intersection(*stages)
     names = dict.fromkeys(
         name
@@ -485,7 +485,7 @@ def _make_labels(keys: Sequence[str]) -> Iterator[str]:
         for name in settings
         if not name.startswith("train.") or name.split(".")[1] in common
     )
-    sizes_differ = len(set(sizes)) == len(sizes)  # then other settings of the model add nothing
+    sizes_differ = len(set(sizes)) == len(sizes)  # Then other settings of the model add nothing
     differing = [
         name
         for name in names

@@ -149,7 +149,7 @@ class SampleView:
         """Numbers of tokens in one line."""
         if self.num_tokens is None:
             return ""
-        # 0 learned tokens are a fault, so they are always counted, except for captions, which have no labels
+        # 0 learned tokens are a fault, so they are always counted, except for captions, which have no labels.
         always = set() if any(span.kind == "caption" for span in self.spans) else {"learned"}
         counts = {
             "image": self.count("image"),
@@ -228,7 +228,7 @@ def view_sample(
         picture: its kept and merged patches.
     """
     spans: tuple[TokenSpan, ...] = ()
-    # a sample that cannot be prepared has no text to show
+    # A sample that cannot be prepared has no text to show.
     if sample.prepared is not None:
         turns = sample.prepared.record["conversations"]
         try:
@@ -236,9 +236,9 @@ def view_sample(
                 spans = _view_caption(reader, sample.prepared, sample.encoded)
             else:
                 spans = _view_conversation(reader, turns, sample.encoded, template, image_tokens, max_length)
-        except ValueError:  # the sample has this problem; its text is shown without tokens
+        except ValueError:  # The sample has this problem; its text is shown without tokens
             spans = view_pieces(template, turns, reader.get_tokenizer().eos_token) if template else ()
-    # people count steps and samples from 1
+    # People count steps and samples from 1.
     stored = sample.stored
     batch_size = reader.order.global_batch_size
     step, index_in_batch = sample.stream_position.batch + 1, sample.stream_position.position % batch_size
@@ -273,7 +273,7 @@ def view_stored(
     problem, image = "", None
     spans: tuple[TokenSpan, ...] = ()
     notes: tuple[str, ...] = ()
-    # an unusable sample is shown with its problem
+    # An unusable sample is shown with its problem.
     try:
         check_record(stored)
         spans = view_pieces(template, stored.record["conversations"])
@@ -309,11 +309,11 @@ def view_pieces(template: Template, turns: Sequence[dict], eos: str | None = Non
     spans: list[TokenSpan] = []
     for text, is_learned in template.split_spans(turns, eos or EOS_TOKEN):
         for number, part in enumerate(text.split(IMAGE_TOKEN)):
-            # each cut between two parts is a tag
+            # Each cut between two parts is a tag.
             if number:
                 spans.append(TokenSpan("image", False, (ShownToken(IMAGE_TOKEN, is_special=True),), None, 1))
             kind: SpanKind = "learned" if is_learned else "context"
-            # neighbouring pieces of one kind, such as the system prompt and a question, are one span
+            # Neighbouring pieces of one kind, such as the system prompt and a question, are one span.
             if part and spans and spans[-1].kind == kind:
                 spans[-1] = spans[-1]._replace(tokens=(ShownToken(spans[-1].tokens[0].text + part),))
             elif part:
@@ -334,12 +334,12 @@ def _view_conversation(
     text, whole = label_conversation(tokenizer, turns, template, image_tokens)
     labels, kept = whole.labels, min(len(whole.ids), max_length or len(whole.ids))
     if encoded is not None:
-        # ids and labels are those that a worker gets; only what is cut off comes from the whole conversation
+        # Ids and labels are those that a worker gets; only what is cut off comes from the whole conversation.
         kept = len(encoded["input_ids"])
         if (encoded["input_ids"] != whole.ids[:kept]).any():
             raise RuntimeError("a sample has other tokens than the beginning of its conversation")
         labels = np.concatenate([encoded["labels"], whole.labels[kept:]])
-    # the image of an answer is not a prediction, so it is told apart by its id
+    # The image of an answer is not a prediction, so it is told apart by its id.
     image_id = tokenizer.convert_tokens_to_ids(IMAGE_TOKEN)
     kinds: list[SpanKind] = [
         "image" if token == image_id else "context" if label == IGNORE_INDEX else "learned"
@@ -356,7 +356,7 @@ def _view_caption(reader: Reader, sample: StoredSample, encoded: TextRow | None)
     start, end = np.array(whole["offset_mapping"], np.int64).reshape(-1, 2).T
     ids, kept = np.array(whole["input_ids"], np.int64), len(whole["input_ids"])
     if encoded is not None:
-        # the encoder puts the end token where it cuts the caption; it has no characters
+        # The encoder puts the end token where it cuts the caption; it has no characters.
         kept = len(encoded["input_ids"])
         ids = np.concatenate([encoded["input_ids"], ids[kept - 1 :]])
         start, end = (np.insert(column, kept - 1, len(text)) for column in (start, end))
@@ -371,7 +371,7 @@ def name_tokens(
     end: Int[np.ndarray, " tokens"],
 ) -> list[ShownToken]:
     """Give each token its characters start:end of the text; a token without any, its name in the vocabulary."""
-    # readers have a tokenizer without transformers, with other names for the same
+    # Readers have a tokenizer without transformers, with other names for the same.
     if isinstance(tokenizer, TextTokenizer):
         find_name = tokenizer.backend.id_to_token
         added = tokenizer.backend.get_added_tokens_decoder()
@@ -381,7 +381,7 @@ def name_tokens(
     result = list[ShownToken]()
     reached = 0
     for position, (token, first, last) in enumerate(zip(ids.tolist(), start.tolist(), end.tolist(), strict=True)):
-        # blanks before a token that the tokenizer drops are shown with the token
+        # Blanks before a token that the tokenizer drops are shown with the token.
         gap = text[reached:first]
         characters = (gap if gap.isspace() else "") + text[first:last]
         if text[first:last] == IMAGE_TOKEN:
@@ -389,10 +389,10 @@ def name_tokens(
         elif first == last:
             shown = ShownToken(find_name(token) or f"<{token}>", token, position, True)
         elif last <= reached:
-            # several tokens of one character, such as the bytes of an emoji, have the same characters
+            # Several tokens of one character, such as the bytes of an emoji, have the same characters.
             shown = ShownToken(CONTINUED, token, position, True)
         else:
-            # the token for unknown text is special, too, but stands for characters
+            # The token for unknown text is special, too, but stands for characters.
             is_unknown = token == tokenizer.unk_token_id
             is_special = token in special_ids and not is_unknown
             shown = ShownToken(characters, token, position, is_special, is_unknown)
@@ -413,7 +413,7 @@ def join_spans(tokens: Sequence[ShownToken], kinds: Sequence[SpanKind], kept: in
     spans = []
     for (kind, is_cut), group in itertools.groupby(range(len(tokens)), keys.__getitem__):
         positions = list(group)
-        # all tokens of an image are alike, and what is cut off may be long
+        # All tokens of an image are alike, and what is cut off may be long.
         limit = 1 if kind == "image" else MAX_CUT_TOKENS if is_cut else len(positions)
         shown = tuple(tokens[position] for position in positions[:limit])
         spans.append(TokenSpan(kind, is_cut, shown, positions[0], len(positions)))
@@ -427,7 +427,7 @@ def _list_notes(sample: PreviewSample, reader: Reader) -> tuple[str, ...]:
         notes.append(_describe_resizing(sample.stored.image, Image.fromarray(np.ascontiguousarray(sample.image))))
         if reader.random_flip and _is_mirrored(sample.stored, sample.image, reader):
             notes.append("mirrored")
-    # rounds that were left out are in the stored record only
+    # Rounds that were left out are in the stored record only.
     if sample.stored and sample.prepared:
         stored, used = (len(found.record["conversations"]) // 2 for found in (sample.stored, sample.prepared))
         if reader.max_rounds:
@@ -466,7 +466,7 @@ def format_stages(stages: Sequence[StageView], draw: Callable[[Image.Image], str
 
 
 def _format_stage(stage: StageView, draw: Callable[[Image.Image], str] | None) -> Iterator[str]:
-    # settings first, then the template, then set by set
+    # Settings first, then the template, then set by set.
     yield f"=== {stage.name} ==="
     width = max(map(len, stage.facts), default=0)
     yield from (f"{name:{width}}  {value}" for name, value in stage.facts.items())
@@ -479,7 +479,7 @@ def _format_stage(stage: StageView, draw: Callable[[Image.Image], str] | None) -
             yield f"\n[{number}] {_escape_controls(title)}"
             if sample.problem:
                 yield f"  unusable: {_escape_controls(sample.problem)}"
-            # the picture of the patches shows the image as well
+            # The picture of the patches shows the image as well.
             if draw and (picture := sample.picture or sample.image):
                 yield draw(picture)
             if sample.summary:
@@ -498,7 +498,7 @@ def _format_span(span: TokenSpan, has_colours: bool) -> Iterator[str]:
     if span.hidden:
         text += f" … and {span.hidden} more"
     style = ANSI["cut" if span.is_cut else span.kind] if has_colours else ""
-    # a line of the text is a line of the terminal, with a sign for the line feed, which is a token
+    # A line of the text is a line of the terminal, with a sign for the line feed, which is a token.
     lines = text.split("\n")
     lines = [f"{line}{NEWLINE}" for line in lines[:-1]] + lines[-1:]
     head = f"  {span.positions:>9}  {span.title:8}  "
@@ -526,7 +526,7 @@ def encode_exactly(image: Image.Image) -> str:
 
 def render_page(title: str, lead: str, stages: Sequence[StageView]) -> str:
     """Render the page: one file without scripts that needs no network."""
-    # the legend explains what occurs in this page
+    # The legend explains what occurs in this page.
     samples = [sample for stage in stages for shown in stage.sets for sample in shown.samples]
     used = {"cut" if span.is_cut else span.kind for sample in samples for span in sample.spans}
     if any(token.is_unknown for sample in samples for span in sample.spans for token in span.tokens):

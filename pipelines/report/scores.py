@@ -179,7 +179,7 @@ class TaskResult:
 def read_results(run: Path) -> list[TaskResult]:
     """Read and score the answers of all tasks of a run, finished or not, in the order of their names."""
     folder = run / ANSWERS_FOLDER
-    # an unfinished task has only its hidden partial file
+    # An unfinished task has only its hidden partial file.
     names = {path.name.removeprefix(".").removesuffix(".jsonl") for path in folder.glob("*.jsonl")}
     results = (_read_result(folder, name) for name in sorted(names - set(RESERVED_NAMES)))
     return [result for result in results if result.rows]
@@ -187,7 +187,7 @@ def read_results(run: Path) -> list[TaskResult]:
 
 def _read_result(folder: Path, name: str) -> TaskResult:
     partial = find_partial_file(folder, name)
-    # rows of the partial file are newer, so they come last
+    # Rows of the partial file are newer, so they come last.
     stored = [row for path in (folder / f"{name}.jsonl", partial) for row in jsonl.read(path)]
     rows = list({row.get("id", number): row for number, row in enumerate(stored)}.values())
     score = find_task(name).metrics
@@ -196,16 +196,16 @@ def _read_result(folder: Path, name: str) -> TaskResult:
     try:
         metrics = {metric_name: metric for metric_name, metric in score(rows).items() if metric.outcomes}
     except (LookupError, TypeError, ValueError) as error:
-        # rows of another version or of another program: the page still shows them
+        # Rows of another version or of another program: the page still shows them.
         problem = f"The answers cannot be scored: {type(error).__name__}: {error}"
-    # tasks list their main metric first
+    # Tasks list their main metric first.
     main = next(iter(metrics), "")
     lines = [
         make_score_line(metric_name, metric, main)
         for metric_name, metric in metrics.items()
         if not metric_name.startswith(LAYER_METRICS)
     ]
-    # each question also gets a score of its own, for the gallery
+    # Each question also gets a score of its own, for the gallery.
     judged = tuple(
         JudgedRow(row, row_score, _find_kind(row), _list_references(row))
         for row, row_score in zip(rows, _score_rows(score, rows, metrics.get(main)), strict=True)
@@ -254,7 +254,7 @@ def make_score_line(name: str, metric: Metric, main: str) -> ScoreLine:
         maximum = max(*(outcome.value for outcome in metric.outcomes), 1e-9)
         interval = bootstrap_interval([metric])
     else:
-        # a mean is at most 1 in each group
+        # A mean is at most 1 in each group.
         maximum = metric.weight * len({outcome.group for outcome in metric.outcomes})
         interval = compute_interval(metric, maximum)
     title = name.removeprefix(f"{main}.")
@@ -279,12 +279,12 @@ def compute_interval(metric: Metric, maximum: float = 1.0) -> Interval:
         maximum: its largest possible value.
     """
     units = len({outcome.unit for outcome in metric.outcomes})
-    # many questions need fewer draws for an interval of the same accuracy
+    # Many questions need fewer draws for an interval of the same accuracy.
     draws = min(max(DRAWN_UNITS // units, MIN_DRAWS), MAX_BOOTSTRAP_DRAWS)
     interval = bootstrap_interval([metric], draws)
     if interval.high - interval.low > 1e-9 * maximum:
         return interval
-    # a bootstrap of equal outcomes would give an interval of no length
+    # A bootstrap of equal outcomes would give an interval of no length.
     low, high = wilson_interval(interval.value / maximum * units, units)
     return Interval(interval.value, low * maximum, high * maximum)
 
@@ -312,7 +312,7 @@ def wilson_interval(successes: float, n: int, z: float = 1.959964) -> tuple[floa
 def _score_rows(score: Scorer, rows: Sequence[Row], main: Metric | None) -> list[float | None]:
     """Compute the first metric of each row alone, as a share of its maximum; None for a row that has none."""
     if main and [outcome.unit for outcome in main.outcomes] == [row.get("unit") for row in rows]:
-        return [outcome.value for outcome in main.outcomes]  # it has one outcome for each row, in their order
+        return [outcome.value for outcome in main.outcomes]  # It has one outcome for each row, in their order
     return [_score_row(score, row) for row in rows]
 
 
@@ -332,7 +332,7 @@ def _find_kind(row: Mapping[str, Any]) -> str:
         ids = row[ID_LIST] if ID_LIST in row else [row["instruction_id"]]
         names = (ALL_INSTRUCTIONS[id].name if id in ALL_INSTRUCTIONS else str(id) for id in ids)
         return shorten_label(" + ".join(names), ANSWER_LABEL_LENGTH)
-    # benchmarks name the type of a question differently
+    # Benchmarks name the type of a question differently.
     kind = next((str(row[key]) for key in TYPE_KEYS if row.get(key)), "")
     return "" if kind == UNTYPED else shorten_label(kind, ANSWER_LABEL_LENGTH)
 
@@ -340,7 +340,7 @@ def _find_kind(row: Mapping[str, Any]) -> str:
 def _list_references(row: Mapping[str, Any]) -> tuple[str, ...]:
     answers = row.get("answers") or ([] if row.get("answer") is None else [row["answer"]])
     answers = [str(answer) for answer in (answers if isinstance(answers, list) else [answers])]
-    # a letter alone means nothing to a reader
+    # A letter alone means nothing to a reader.
     options = row.get("options")
     if isinstance(options, Mapping):
         answers = [f"{answer}. {options[answer]}" if answer in options else answer for answer in answers]
@@ -356,12 +356,12 @@ def count_confusions(result: TaskResult) -> ConfusionMatrix | list[Confusion]:
     judged = [row for row in result.rows if row.references and row.score is not None]
     if result.has_instructions:
         return []
-    # answers of one type are neighbours in the matrix
+    # Answers of one type are neighbours in the matrix.
     counts = Counter(_name_reference(row) for row in judged)
     kinds = {_name_reference(row): row.kind for row in judged}
     if 2 <= len(counts) <= MAX_REFERENCES:
         return _count_matrix(judged, sorted(counts, key=lambda answer: (kinds[answer], -counts[answer], answer)))
-    # with more answers a matrix would be too wide for the page
+    # With more answers a matrix would be too wide for the page.
     wrong = Counter((_name_reference(row), _name_response(row)) for row in judged if row.is_wrong)
     return [
         Confusion(answer, response, times, times / counts[answer])
@@ -375,7 +375,7 @@ def _count_matrix(judged: Sequence[JudgedRow], references: Sequence[str]) -> Con
     for row in judged:
         reference = _name_reference(row)
         response = reference if row.is_right else known.get(_name_response(row).rstrip(".").casefold(), OTHER)
-        # a wrong response that looks like its reference, such as one in upper case, is not on the diagonal
+        # A wrong response that looks like its reference, such as one in upper case, is not on the diagonal.
         counts[reference, OTHER if response == reference and row.is_wrong else response] += 1
     has_other = any(response == OTHER for _, response in counts) and OTHER not in references
     columns = (*references, *([OTHER] if has_other else []))

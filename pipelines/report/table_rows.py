@@ -141,7 +141,7 @@ def find_kind(methods: Preset, uses_captions: bool = False) -> str | None:
 
 def _name_vmtc_parts(vmtc: VMTC) -> str:
     """Name the parts of VMTC that are in use, as in the rows of Table 4."""
-    # no clusters is pruning (LLP, LWP), one cluster is merging (MG), more are clustering (CLST)
+    # No clusters is pruning (LLP, LWP), one cluster is merging (MG), more are clustering (CLST).
     clusters = set(vmtc.clusters) if isinstance(vmtc.clusters, tuple) else {vmtc.clusters}
     if clusters == {0} or (clusters == {None} and not vmtc.cluster_share):
         return "llp" if vmtc.stages == (-1,) else "lwp"
@@ -152,13 +152,13 @@ def matches(model: ComparedModel, row: TableRow) -> bool:
     """Tell if a model has the kind of a row and keeps the same share of the tokens."""
     if row.checkpoint:
         return model.is_foreign and Path(model.checkpoint).name == Path(row.checkpoint).name
-    # rows of the paper are models that were trained with the method
+    # Rows of the paper are models that were trained with the method.
     if row.preset is None or not model.trained_as_evaluated:
         return False
     model_kind = find_kind(model.methods, model.uses_captions)
     row_kind = find_kind(row.preset, row.uses_captions)
     if row_kind in SPATIAL_METHODS and model_kind in SPATIAL_METHODS:
-        # spatial reductions round the tokens to a square, so their number is compared without rescaling the budget
+        # Spatial reductions round the tokens to a square, so their number is compared without rescaling the budget.
         return model.num_tokens == count_remaining_tokens(row.preset, model.num_patches)
     rescaled = rescale_budget(row.preset, model.num_patches)
     tokens = count_remaining_tokens(rescaled, model.num_patches, model.num_blocks)
@@ -167,7 +167,7 @@ def matches(model: ComparedModel, row: TableRow) -> bool:
 
 def rescale_budget(preset: Preset, patches: int) -> Preset:
     """Rescale a preset to a tower with another number of patches: a budget in tokens keeps its share of the patches."""
-    # ratios need no change, only budgets in tokens
+    # Ratios need no change, only budgets in tokens.
     vmtc = preset.vmtc
     reduction = preset.reduction
     if vmtc and vmtc.tokens:
@@ -190,7 +190,7 @@ def write_command(row: TableRow, family: Family) -> str:
     template = ranked[0]
     completed = _complete_preset(row.preset, ranked)
     overrides = [f"name={_job_name(template)}-{_run_suffix(row)}"]
-    # override only what differs, so that the command stays short
+    # Override only what differs, so that the command stays short.
     for part in METHODS:
         if completed.methods[part] != template.methods.methods[part]:
             overrides.append(f"model.{part}={_write_flow_yaml(completed.methods[part])}")
@@ -240,7 +240,7 @@ def _complete_preset(preset: Preset, ranked: Sequence[ComparedModel]) -> Preset:
     vmtc = next((model.methods.vmtc for model in ranked if model.methods.vmtc), None)
     cmai = next((model.methods.cmai for model in ranked if model.methods.cmai), None)
     if vmtc and preset.vmtc:
-        # the budget, the parts and the stages of LLP are properties of the row, not options of the family
+        # The budget, the parts and the stages of LLP are properties of the row, not options of the family.
         stages = VMTC().stages if _name_vmtc_parts(vmtc) == "llp" else vmtc.stages
         options = replace(vmtc, ratio=None, tokens=None, kept=None, clusters=None, stages=stages)
         preset = replace(preset, vmtc=replace(options, **select_changed_fields(preset.vmtc)))
@@ -264,7 +264,7 @@ def _run_suffix(row: TableRow) -> str:
     if row.uses_captions:
         return "captions"
     assert row.preset is not None
-    # the name of the preset, or the label of the row in lower case
+    # The name of the preset, or the label of the row in lower case.
     presets = (name for name, preset in PRESETS.items() if preset.methods == row.preset.methods)
     parts = "".join(letter if letter.isalnum() else " " for letter in row.label.lower()).split()
     return next(presets, "-".join(parts))

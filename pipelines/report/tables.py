@@ -145,15 +145,15 @@ class FamilyScores:
         return self.cells[model, column.source]
 
     def _compute_cell(self, model: ComparedModel, column: Column) -> Cell | None:
-        # costs have no answers to draw from, so they have a ratio in place of an interval
+        # Costs have no answers to draw from, so they have a ratio in place of an interval.
         if column.source in COST_FUNCTIONS:
             return self._compute_cost_cell(model, COST_FUNCTIONS[column.source])
         metrics = model.metrics(column.source)
         if not metrics:
-            # a run without answers may still have the score as a number
+            # A run without answers may still have the score as a number.
             number = model.mean_number(column.source)
             return None if number is None else Cell(number * column.factor)
-        # the difference of LLaVA to itself is not shown
+        # The difference of LLaVA to itself is not shown.
         base = self.base.metrics(column.source) if self.base and self.base is not model else []
         try:
             interval = statistics.bootstrap_interval(metrics, self.samples).scale(column.factor)
@@ -186,15 +186,15 @@ def build_tables(families: Sequence[Family], samples: int = 10_000) -> list[Resu
         ValueError: models of a family have different questions.
     """
     scores = [FamilyScores(family, samples) for family in families]
-    # benchmarks that a run has beyond the columns of a table are added to it
+    # Benchmarks that a run has beyond the columns of a table are added to it.
     evaluated = {name for family in families for model in family.models for run in model.runs for name in run.metrics}
     extra = tuple(column for column in BENCHMARK_COLUMNS if column.source in evaluated)
     score_columns = _add_columns((IF_COLUMN, *CORRECTNESS_COLUMNS), extra)
     measures = tuple(column for column in MEASURE_COLUMNS if column.source in evaluated)
-    # the order of the page
+    # The order of the page.
     return [
         _build_full_table("models", "All models", score_columns, scores),
-        # runs of the paper's measures alone need no second table
+        # Runs of the paper's measures alone need no second table.
         *(
             [_build_full_table("measures", MEASURES_TITLE, measures, scores)]
             if set(measures) - set(score_columns)
@@ -246,7 +246,7 @@ def keep_filled(table: ResultTable) -> ResultTable:
 def drop_empty_columns(table: ResultTable) -> ResultTable:
     """Leave out the columns in which no row has a number. A table without any number keeps its columns."""
     rows = [row for rows in table.blocks.values() for row in rows]
-    # a missing row has no cells at all
+    # A missing row has no cells at all.
     padded = itertools.zip_longest(table.columns, *(row.cells for row in rows))
     filled = [any(cells) for _, *cells in padded]
     if not any(filled):
@@ -288,7 +288,7 @@ def _fill_row(
         if len(models) > 1:
             label = f"{row.label} ({_describe_options(model, models) or 'defaults'})"
         yield _make_row(label, model, scores, columns)
-    # rows of models that this project cannot train have only the paper's numbers
+    # Rows of models that this project cannot train have only the paper's numbers.
     if not models and (row.preset or row.checkpoint):
         yield ResultRow(row.label, "missing", "missing", command=write_command(row, scores.family))
     for size, name in _find_paper_rows(row, scores.family, printed):
@@ -313,7 +313,7 @@ def _make_row(label: str, model: ComparedModel, scores: FamilyScores, columns: S
     cells = tuple(scores.cell(model, column) for column in columns)
     if model.is_foreign:
         return ResultRow(label, "ours", "not trained here", cells)
-    # foreign models have no seeds and another number of tokens
+    # Foreign models have no seeds and another number of tokens.
     seeds = f"{model.num_seeds} seed" if model.num_seeds == 1 else f"{model.num_seeds} seeds"
     about = f"{seeds}, {model.num_tokens} of {model.num_patches} tokens"
     kind = find_kind(model.methods, model.uses_captions) if model.trained_as_evaluated else None
@@ -355,14 +355,14 @@ def _build_ratio_table(
     """
     blocks = {}
     for of_family in scores:
-        # models of the kinds in question, sorted by kind and tokens
+        # Models of the kinds in question, sorted by kind and tokens.
         models = []
         for model in of_family.family.models:
             kind = find_kind(model.methods, model.uses_captions)
             if model.trained_as_evaluated and kind in kinds:
                 models.append((kinds.index(kind), -model.num_tokens, model))
         models.sort(key=lambda entry: entry[:2])
-        # first the models, then the rows without one
+        # First the models, then the rows without one.
         lines = [
             _make_row(f"{KIND_TITLES[kinds[index]]}, {removed_share(model):.0%}", model, of_family, columns)
             for index, _, model in models
@@ -407,11 +407,11 @@ def name_model(model: ComparedModel, family: Family) -> str:
     if model.is_foreign:
         return Path(model.checkpoint).name
     name = _name_methods(model)
-    # models that would have the same name without tokens or options
+    # Models that would have the same name without tokens or options.
     alike = [other for other in family.models if not other.is_foreign and _name_methods(other) == name]
     parts = [name]
     kind = find_kind(model.trained_with, model.uses_captions and model.trained_as_evaluated)
-    # the number of tokens is shorter than the options, if it is enough
+    # The number of tokens is shorter than the options, if it is enough.
     if [other.num_tokens for other in alike].count(model.num_tokens) > 1 or (kind is None and len(alike) == 1):
         parts.append(_describe_options(model, alike if len(alike) > 1 else family.models))
     elif len(alike) > 1:
@@ -450,7 +450,7 @@ def describe_changes(trained: Preset, applied: Preset) -> list[str]:
             continue
         values = asdict(after)
         others = asdict(before) if before else {field.name: field.default for field in fields(after)}
-        # a field at None follows from the others
+        # A field at None follows from the others.
         differing = [f"{key} = {value}" for key, value in values.items() if value not in (None, others[key])]
         changes.append(f"{title} ({', '.join(differing)})" if differing else title)
     return changes
@@ -482,7 +482,7 @@ def compare_prompts(
             answers[name_model(model, family)] = {row["id"]: row for row in rows}
     if not answers:
         return []
-    # only prompts that every model has answered
+    # Only prompts that every model has answered.
     first = next(iter(answers.values()))
     common = [id for id in first if all(id in rows for rows in answers.values())]
     selected = common[:: max(len(common) // NUM_COMPARED_PROMPTS, 1)][:NUM_COMPARED_PROMPTS]

@@ -137,7 +137,7 @@ def group_variants(runs: Sequence[FinishedRun]) -> tuple[Variant, ...]:
     )
     groups: dict[str, list[FinishedRun]] = {}
     for run, of_run in zip(runs, settings, strict=True):
-        # runs of two variants of a study with equal settings stay two variants
+        # Runs of two variants of a study with equal settings stay two variants.
         groups.setdefault(json.dumps([of_run, _find_study_variant(run)]), []).append(run)
     order = _read_order(runs)
     variants = []
@@ -244,13 +244,13 @@ def _draft_cell(variant: Variant, base: Variant, source: str, samples: int) -> V
     nowhere = CellPositions((), 0, 0, 0)
     try:
         interval = statistics.bootstrap_interval(metrics, samples)
-    except ValueError:  # seeds with different items
+    except ValueError:  # Seeds with different items
         return VariantCell(sum(seeds) / len(seeds), seeds, None, None, nowhere)
     difference = None
     if variant is not base and base.metrics(source):
         try:
             difference = statistics.bootstrap_difference(metrics, base.metrics(source), samples)
-        except ValueError:  # other items than those of the base
+        except ValueError:  # Other items than those of the base
             difference = None
     return VariantCell(interval.value, seeds, interval, difference, nowhere)
 
@@ -337,6 +337,6 @@ def _plot_stage(stage: str, curves: Sequence[tuple[int, list[Mapping[str, Any]]]
         axes.set_xlabel("step", color=INK)
         axes.set_ylabel("loss", color=INK)
         for text in axes.legend(frameon=False, labelcolor=INK, fontsize=8).get_texts():
-            text.set_parse_math(False)  # labels are of users
+            text.set_parse_math(False)  # Labels are of users
         style_axes(axes)
         return Plot(stage, to_svg(figure, f"variants-{stage}-", f"loss of {stage} at the end: {'; '.join(ends)}"))

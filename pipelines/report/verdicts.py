@@ -54,7 +54,7 @@ class Verdict:
     def drawing(self) -> "VerdictDrawing":
         """Positions of the interval, of 0 and of the paper's effects in a drawing, from 0 to 100."""
         assert self.interval
-        # the drawing shows the paper's numbers beside the interval, so its range contains all of them
+        # The drawing shows the paper's numbers beside the interval, so its range contains all of them.
         effects = tuple(self.claim.effects.values())
         numbers = (self.interval.low, self.interval.high, 0.0, *effects)
         low, high = min(numbers), max(numbers)
@@ -109,7 +109,7 @@ def judge_claims(families: Sequence[Family], samples: int = 10_000) -> list[Fami
     result = []
     for family in families:
         verdicts = [judge(claim, family, samples) for claim in CLAIMS]
-        # a family without any pair of rows, such as runs of other settings, has no verdicts
+        # A family without any pair of rows, such as runs of other settings, has no verdicts.
         measured = tuple(verdict for verdict in verdicts if verdict.interval)
         if measured:
             missing = tuple(verdict for verdict in verdicts if not verdict.interval)
@@ -128,14 +128,14 @@ def judge(claim: PaperClaim, family: Family, samples: int = 10_000) -> Verdict:
     models = [find_model(family, row) for row in claim.rows]
     missing = [row for row, model in zip(claim.rows, models, strict=True) if model is None]
     ours, base = models
-    # a missing row has a command, which the tables give as well
+    # A missing row has a command, which the tables give as well.
     if ours is None or base is None:
         names = " and ".join(row.label for row in missing)
         command = write_command(missing[0], family)
         return Verdict(
             claim, "not measured", f"There is no run of {names}.", needed=f"a run of {names}", command=command
         )
-    # the paper's benchmark comes first, that of small studies last
+    # The paper's benchmark comes first, that of small studies last.
     for source in SOURCES_BY_MEASURE[claim.measure]:
         metrics = ours.metrics(source), base.metrics(source)
         if all(metrics):
@@ -158,7 +158,7 @@ def _judge_metrics(
 ) -> Verdict:
     seeds = min(len(ours), len(base))
     try:
-        # one seed has no spread over trainings, so its interval is over items alone
+        # One seed has no spread over trainings, so its interval is over items alone.
         interval: Interval = (
             statistics.compare_over_seeds(ours, base)
             if seeds > 1
@@ -169,7 +169,7 @@ def _judge_metrics(
             claim, "not measured", "The two models answered different questions.", needed="the same questions"
         )
     outcome, reason = decide(claim, interval, seeds)
-    # what was measured, so that a reader can weigh the verdict
+    # What was measured, so that a reader can weigh the verdict.
     items = len(ours[0].outcomes)
     about = f"{source}; {items:,} items; {len(ours)} and {len(base)} seeds"
     needed = "" if outcome in ("supported", "contradicted") else describe_need(claim, ours, base)
@@ -190,14 +190,14 @@ def decide(claim: PaperClaim, interval: Interval, seeds: int) -> tuple[Outcome, 
     if seeds < 2:
         return "cannot tell", "One seed has no interval over trainings."
     low, high = interval.low, interval.high
-    # understanding is kept, or not, by a margin in place of an effect
+    # Understanding is kept, or not, by a margin in place of an effect.
     if claim.kind == "kept":
         if low > -MARGIN:
             return "supported", f"The loss is less than {MARGIN:g} point."
         if high < -MARGIN:
             return "contradicted", f"The loss is more than {MARGIN:g} point."
         return "cannot tell", f"The interval contains a loss of {MARGIN:g} point."
-    # a loss is a gain with the other sign
+    # A loss is a gain with the other sign.
     if claim.kind == "loss":
         low, high = -high, -low
     least = claim.smallest_effect
@@ -220,7 +220,7 @@ def describe_need(claim: PaperClaim, ours: Sequence[Metric], base: Sequence[Metr
     deviation = power.estimate_seed_deviation([ours, base])
     if deviation is None:
         return "at least 2 seeds of both models, which also show how many are needed"
-    # the errors over items and over seeds add, so each gets half of the variance that the effect allows
+    # The errors over items and over seeds add, so each gets half of the variance that the effect allows.
     items = power.count_items(effect / sqrt(2), 100 * power.estimate_item_deviation(ours, base))
     seeds = power.count_seeds(effect / sqrt(2), 100 * deviation)
     return (

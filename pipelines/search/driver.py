@@ -66,15 +66,15 @@ def run_trials(
     Raises:
         ValueError: the first trials fail one after another.
     """
-    # the actor is pinned to this node: it ends with the search, not with another node
+    # The actor is pinned to this node: it ends with the search, not with another node.
     pinned = NodeAffinitySchedulingStrategy(ray.get_runtime_context().get_node_id(), soft=False)
     stop_flags = ray.remote(num_cpus=0, scheduling_strategy=pinned)(StopFlags).remote()
     every = (trials.settings.prune or Prune()).every
     trainable = _build_trainable(folder, run_trial, lambda number: LossReporter(every, number, stop_flags, stage))
-    # Tune needs a storage folder, but the study has all results
+    # Tune needs a storage folder, but the study has all results.
     with tempfile.TemporaryDirectory(ignore_cleanup_errors=True) as temporary, _make_bar(trials) as bar:
         tuner = _build_tuner(trainable, trials, StudyScheduler(trials, folder, stop_flags), temporary)
-        # Tune runs in a thread, so that this one can handle signals
+        # Tune runs in a thread, so that this one can handle signals.
         future = run_in_background(tuner.fit)
         try:
             while not wait([future], timeout=0.5).done:
@@ -82,7 +82,7 @@ def run_trials(
                 _update_bar(trials, bar, on_trials_ended)
             future.result()
         except KeyboardInterrupt:
-            # close first: trials that now end must not count as failed
+            # Close first: trials that now end must not count as failed.
             trials.close()
             _stop_trials(stop_flags, future, bar, grace_s)
             raise
@@ -107,7 +107,7 @@ def _build_trainable(
     environment = {name: value for name, value in os.environ.items() if name == "RAY_ADDRESS"}
 
     def drive_trial(config: dict[str, Any]) -> None:
-        # runs in a process of Tune, whose working directory is a temporary folder; paths in a job are relative to ours
+        # Runs in a process of Tune, whose working directory is a temporary folder; paths in a job are relative to ours.
         os.chdir(working_directory)
         os.environ.update(environment)
         trial = TrialSpec(number=config["number"], values=json.loads(config["values"]))
@@ -128,7 +128,7 @@ def _build_tuner(
 ) -> tune.Tuner:
     """Build a tuner that takes its trials from the study and starts their processes on this node, without CPUs."""
     for name in ("ray.tune", "ray.tune.execution.tune_controller", "ray.tune.tune"):
-        logging.getLogger(name).setLevel(logging.CRITICAL)  # the study has the errors of all trials
+        logging.getLogger(name).setLevel(logging.CRITICAL)  # The study has the errors of all trials
     this_node = f"node:{ray.util.get_node_ip_address()}"
     return tune.Tuner(
         tune.with_resources(trainable, {"CPU": 0, this_node: 0.001}),
@@ -168,7 +168,7 @@ class StudySearcher(Searcher):
     def on_trial_complete(self, trial_id: str, result: dict[str, Any] | None = None, error: bool = False) -> None:
         if error:
             return  # StudyScheduler.on_trial_error has the message
-        # Tune flattens the reported dictionary
+        # Tune flattens the reported dictionary.
         prefix = "metrics/"
         reported = {
             name.removeprefix(prefix): value for name, value in (result or {}).items() if name.startswith(prefix)
@@ -235,9 +235,9 @@ class StudyScheduler(FIFOScheduler):
         return self.CONTINUE
 
     def on_trial_error(self, tune_controller: Any, trial: TuneTrial) -> None:
-        # the process of the trial may have died; free the resources that it had reserved for training
+        # The process of the trial may have died; free the resources that it had reserved for training.
         remove_placement_group(self.folder / TRIALS_FOLDER / f"{trial.config['number']:04}")
-        # get_pickled_error of Tune fails if the file is not yet in its storage
+        # get_pickled_error of Tune fails if the file is not yet in its storage.
         with open(trial.pickled_error_file, "rb") as file:
             error = ray.cloudpickle.load(file)
         self.trials.finish(trial.trial_id, {}, failures.classify_error(error).text)
@@ -272,12 +272,12 @@ class LossReporter:
         while self.reported + self.every <= step:
             window = range(self.reported + 1, self.reported + self.every + 1)
             if not all(index in losses for index in window):
-                break  # the record is being cut back to a checkpoint; a later call reports this window
+                break  # The record is being cut back to a checkpoint; a later call reports this window
             values = [losses[index] for index in window]
             finite = [value for value in values if value is not None]
             self.reported += self.every
             mean = sum(finite) / len(finite) if finite else sys.float_info.max
-            # returns after on_trial_result, so the flag of this report is set when __call__ asks for it
+            # Returns after on_trial_result, so the flag of this report is set when __call__ asks for it.
             tune.report({"step": self.reported, "steps": steps, "loss": mean})
 
 

@@ -110,7 +110,7 @@ def write_page(study: Study, folder: Path) -> Path:
     The table has a row per trial. Trials that did not complete have no objectives in it.
     """
     snapshot = Snapshot.from_study(study)
-    # render both before writing: an error must not leave a page and a table of different times
+    # Render both before writing: an error must not leave a page and a table of different times.
     text = _render(study, snapshot)
     table = _write_csv(snapshot)
     folder.mkdir(parents=True, exist_ok=True)
@@ -169,7 +169,7 @@ def _count_states(snapshot: Snapshot) -> list[str]:
 def _describe_best(snapshot: Snapshot) -> str:
     """Describe the best trials, and the trials outside the constraints."""
     constraints = join_words(snapshot.constraints) if snapshot.constraints else ""
-    # without a result to recommend, only the reason
+    # Without a result to recommend, only the reason.
     if not snapshot.completed:
         return "No trial has completed yet, so there is nothing to compare."
     if not snapshot.feasible:
@@ -207,7 +207,7 @@ def _compare_references(snapshot: Snapshot) -> list[str]:
         values = snapshot.format_objectives(reference)
         if not is_feasible(reference):
             values += "; outside the constraints"
-        # with one objective, a trial that dominates is simply better
+        # With one objective, a trial that dominates is simply better.
         dominating = snapshot.find_dominating(name)
         is_plural = len(dominating) > 1
         if len(snapshot.objectives) == 1:
@@ -245,7 +245,7 @@ def _write_csv(snapshot: Snapshot) -> str:
     """Write all trials as CSV: numbers with all digits, columns that depend only on names."""
     taken = {*IDENTITY_FIELDS, *snapshot.objectives, *snapshot.constraints, *snapshot.params, *EFFORT_FIELDS}
     metrics = sorted({name for trial in snapshot.trials for name in _get_metrics(trial)} - taken)
-    # metrics of the trials that are not objectives come after objectives and constraints
+    # Metrics of the trials that are not objectives come after objectives and constraints.
     columns = [
         *IDENTITY_FIELDS,
         *snapshot.objectives,
@@ -259,12 +259,12 @@ def _write_csv(snapshot: Snapshot) -> str:
     writer.writeheader()
     for trial in snapshot.trials:
         attributes = {name: trial.user_attrs.get(name) for name in (*IDENTITY_FIELDS[2:], *EFFORT_FIELDS)}
-        # Optuna keeps the last reported value of a pruned trial as its value; it is not a result
+        # Optuna keeps the last reported value of a pruned trial as its value; it is not a result.
         is_complete = trial.state == TrialState.COMPLETE
         values = dict(zip(snapshot.objectives, trial.values, strict=True)) if is_complete else {}
         other_metrics = {name: value for name, value in _get_metrics(trial).items() if name in metrics}
         identity = {"number": trial.number, "state": trial.state.name}
-        # of equal names the last one counts
+        # Of equal names the last one counts.
         writer.writerow(other_metrics | trial.params | trial.constraints | values | attributes | identity)
     return file.getvalue()
 
@@ -275,7 +275,7 @@ def _get_metrics(trial: FrozenTrial) -> Mapping[str, float]:
 
 def _make_rows(snapshot: Snapshot) -> list[TrialRow]:
     """Make the rows of the table: the front first, then the others by number."""
-    # the front is sorted by the first objective
+    # The front is sorted by the first objective.
     front = {trial.number for trial in snapshot.front}
     ordered = [*snapshot.front, *(trial for trial in snapshot.trials if trial.number not in front)]
     retries = {trial.user_attrs.get("retry_of"): trial.number for trial in snapshot.trials}
@@ -292,7 +292,7 @@ def _make_row(snapshot: Snapshot, trial: FrozenTrial, retry: int | None) -> Tria
         remarks.append(name)
     if (retried_number := trial.user_attrs.get("retry_of")) is not None:
         remarks.append(f"retry of {retried_number}")
-    # Optuna keeps the last reported value of a pruned trial as its value; it is not a result
+    # Optuna keeps the last reported value of a pruned trial as its value; it is not a result.
     is_complete = trial.state == TrialState.COMPLETE
     wall_s = get_number(trial, "wall_s")
     return TrialRow(
@@ -331,7 +331,7 @@ def _compute_importance(study: Study, snapshot: Snapshot, objective: int) -> dic
     """Compute how much each parameter separates the best tenth of the trials from all: PED-ANOVA, arXiv 2304.10255."""
 
     def loss(trial: FrozenTrial) -> float:
-        # Optuna ignores trials with a loss that is not finite
+        # Optuna ignores trials with a loss that is not finite.
         return math.nan if get_reference(trial) else snapshot.minimized_values(trial)[objective]
 
     losses = [loss(trial) for trial in snapshot.sampled]
@@ -342,10 +342,10 @@ def _compute_importance(study: Study, snapshot: Snapshot, objective: int) -> dic
         for name, distribution in trial.distributions.items()
         if not distribution.single()
     }
-    # if the worst value is among the best tenth, nothing separates the two
+    # If the worst value is among the best tenth, nothing separates the two.
     if not varied or len(losses) < 2 * MIN_TOP_TRIALS or sum(value < max(losses) for value in losses) < top:
         return {}
-    # the quantile lies between two trials, so that exactly `top` are in the best part
+    # The quantile lies between two trials, so that exactly `top` are in the best part.
     evaluator = PedAnovaImportanceEvaluator(target_quantile=(top - 0.5) / len(losses))
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # Optuna warns that less is better, as intended here

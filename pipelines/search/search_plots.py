@@ -71,27 +71,27 @@ def _plot_front(snapshot: Snapshot, other: int) -> Plot:
     from matplotlib import rc_context
     from matplotlib.figure import Figure
 
-    # the line of the front is drawn below the marks
+    # The line of the front is drawn below the marks.
     y_name, x_name = snapshot.objectives[0], snapshot.objectives[other]
     points = {trial.number: (trial.values[other], trial.values[0]) for trial in snapshot.plottable}
     front = sorted(points[trial.number] for trial in snapshot.front if trial.number in points)
     with rc_context(STYLE):
         figure = Figure(figsize=(4.4, 3.5), layout="constrained")
         axes = figure.add_subplot()
-        if front and len(snapshot.objectives) == 2:  # with more objectives the front is not a line in this plane
+        if front and len(snapshot.objectives) == 2:  # With more objectives the front is not a line in this plane
             axes.step(
                 *zip(*front, strict=True),
                 where="post" if snapshot.signs[other] > 0 else "pre",
                 color=ACCENT,
                 linewidth=1.2,
             )
-        # marks, axes and grid
+        # Marks, axes and grid.
         _plot_trials(axes, snapshot, points)
         _scale_axis(axes, "x", f"{x_name}: {_describe_direction(snapshot, other)}", [x for x, _ in points.values()])
         _scale_axis(axes, "y", f"{y_name}: {_describe_direction(snapshot, 0)}", [y for _, y in points.values()])
         axes.grid(axis="x", color=LINE, linewidth=0.6)
         style_axes(axes)
-        # labels need the final positions of the points in pixels
+        # Labels need the final positions of the points in pixels.
         figure.draw_without_rendering()
         _label_points(axes, snapshot, points)
         values = "; ".join(f"{label_trial(trial)}: {snapshot.format_objectives(trial)}" for trial in snapshot.front)
@@ -116,7 +116,7 @@ def _plot_history(snapshot: Snapshot, objective: int) -> Plot:
     name = snapshot.objectives[objective]
     sign = snapshot.signs[objective]
     points = {trial.number: (trial.number, trial.values[objective]) for trial in snapshot.plottable}
-    # references and infeasible trials have marks, but do not improve the best value
+    # References and infeasible trials have marks, but do not improve the best value.
     feasible = [trial for trial in snapshot.sampled if is_feasible(trial)]
     losses = (snapshot.minimized_values(trial)[objective] for trial in feasible)
     best_so_far = [sign * loss for loss in accumulate(losses, min)]
@@ -124,7 +124,7 @@ def _plot_history(snapshot: Snapshot, objective: int) -> Plot:
         figure = Figure(figsize=(4.4, 2.8), layout="constrained")
         axes = figure.add_subplot()
         if best_so_far:
-            # continue the line to the last trial
+            # Continue the line to the last trial.
             numbers = [*(trial.number for trial in feasible), snapshot.trials[-1].number]
             axes.step(numbers, [*best_so_far, best_so_far[-1]], where="post", color=ACCENT, linewidth=1.2)
         _plot_trials(axes, snapshot, points)
@@ -154,7 +154,7 @@ def _plot_trials(axes: "Axes", snapshot: Snapshot, points: Mapping[int, tuple[fl
 def _mark_incomplete_trials(axes: "Axes", snapshot: Snapshot) -> None:
     """Mark trials without values at the bottom of the axes."""
     for state, marker, colour in ((TrialState.PRUNED, "|", FAINT), (TrialState.FAIL, "x", BAD)):
-        # these trials have no values, so they have a fixed height in the coordinates of the axes
+        # These trials have no values, so they have a fixed height in the coordinates of the axes.
         numbers = [trial.number for trial in snapshot.trials if trial.state == state]
         axes.plot(
             numbers, [0.03] * len(numbers), marker, color=colour, markersize=6 if marker == "|" else 4,
@@ -180,7 +180,7 @@ def _label_points(axes: "Axes", snapshot: Snapshot, points: Mapping[int, tuple[f
     occupied = find_point_boxes(axes, list(points.values()))
     references = {trial.number: name for name, trial in snapshot.references.items()}
     front = {trial.number: str(trial.number) for trial in snapshot.front}
-    # references come first, because their labels are required
+    # References come first, because their labels are required.
     for number, text in (references | front | references).items():
         if number in points:
             colour = ACCENT if number in front else INK
@@ -194,7 +194,7 @@ def build_axes(snapshot: Snapshot) -> list[ParallelAxis]:
     objectives = []
     for index, (name, sign) in enumerate(zip(snapshot.objectives, snapshot.signs, strict=True)):
         values = [trial.values[index] for trial in snapshot.sampled]
-        # turn the axis so that the best value is at the top
+        # Turn the axis so that the best value is at the top.
         worst, best = (max(values), min(values)) if sign > 0 else (min(values), max(values))
         positions = {number: _position(value, worst, best) for number, value in zip(numbers, values, strict=True)}
         ticks = {_position(value, worst, best): format_parameter(value) for value in (worst, best)}
@@ -208,13 +208,13 @@ def _build_param_axis(name: str, trials: Sequence[FrozenTrial]) -> ParallelAxis:
     distributions = [trial.distributions[name] for trial in having]
     ranges = [item for item in distributions if isinstance(item, FloatDistribution | IntDistribution)]
     if having and len(ranges) == len(distributions):
-        # all trials sampled a number: the bounds of the distributions are the ends of the axis
+        # All trials sampled a number: the bounds of the distributions are the ends of the axis.
         low, high = min(item.low for item in ranges), max(item.high for item in ranges)
         scale: Callable[[float], float] = math.log if all(item.log for item in ranges) else float
         positions = {trial.number: _position(*map(scale, (trial.params[name], low, high))) for trial in having}
         ticks = {_position(*map(scale, (value, low, high))): format_parameter(value) for value in (low, high)}
     else:
-        # choices, or a parameter that was a number in some trials and a choice in others
+        # Choices, or a parameter that was a number in some trials and a choice in others.
         choices = [
             choice for item in distributions if isinstance(item, CategoricalDistribution) for choice in item.choices
         ]
@@ -245,7 +245,7 @@ def plot_parallel(snapshot: Snapshot) -> Plot | None:
     with rc_context(STYLE):
         figure = Figure(figsize=(width, 4), layout="constrained")
         axes = figure.add_subplot()
-        # the front is drawn last, so that it is on top
+        # The front is drawn last, so that it is on top.
         for trial in sorted(snapshot.sampled, key=lambda trial: trial.number in front):
             colour, line_width, alpha = (ACCENT, 1.6, 1) if trial.number in front else (FAINT, 0.8, 0.4)
             positions = [axis.positions[trial.number] for axis in all_axes]

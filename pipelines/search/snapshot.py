@@ -41,10 +41,10 @@ class Snapshot:
 
     @classmethod
     def from_study(cls, study: Study) -> Self:
-        # Optuna allows objectives without names
+        # Optuna allows objectives without names.
         objectives = study.metric_names or [f"objective {number}" for number in range(1, len(study.directions) + 1)]
         signs = [-1 if direction == StudyDirection.MAXIMIZE else 1 for direction in study.directions]
-        # a copy, so it may be sorted
+        # A copy, so it may be sorted.
         front = study.best_trials
         snapshot = cls(study.study_name, objectives, signs, study.get_trials(deepcopy=False), front)
         front.sort(key=snapshot.sort_key)
@@ -116,7 +116,7 @@ class Snapshot:
     @property
     def steps(self) -> tuple[int, int]:
         """Planned training steps of all trials, and the steps that early stopping saved."""
-        # completed trials have done all steps, failed ones are retried
+        # Completed trials have done all steps, failed ones are retried.
         pruned = [trial for trial in self.trials if trial.state == TrialState.PRUNED]
         planned = sum(int(get_number(trial, "steps")) for trial in self.last_attempts)
         return planned, sum(int(get_number(trial, "steps") - get_number(trial, "step")) for trial in pruned)
@@ -128,7 +128,7 @@ class Snapshot:
     @property
     def last_attempts(self) -> list[FrozenTrial]:
         """The last trial of each setting; its time and steps include those of earlier attempts."""
-        # later trials replace earlier ones of the same setting
+        # Later trials replace earlier ones of the same setting.
         return list({trial.user_attrs.get("retry_of", trial.number): trial for trial in self.trials}.values())
 
 

@@ -17,7 +17,7 @@ from optuna.distributions import BaseDistribution, CategoricalDistribution, Floa
 from optuna.samplers import BaseSampler, NSGAIISampler, RandomSampler, TPESampler
 from optuna.trial import FrozenTrial, Trial, TrialState, create_trial
 
-logging.set_verbosity(logging.ERROR)  # the page of the search shows what Optuna would log
+logging.set_verbosity(logging.ERROR)  # The page of the search shows what Optuna would log
 
 MAX_DRAWS = 10_000
 """Number of invalid draws in a row after which the space is an error."""
@@ -74,7 +74,7 @@ class Range:
     @property
     def distribution(self) -> BaseDistribution:
         """The range as a distribution of Optuna."""
-        # YAML writes 1 and 1.0 differently, and the difference is meant
+        # YAML writes 1 and 1.0 differently, and the difference is meant.
         if all(isinstance(number, int) for number in (self.low, self.high, self.step or 0)):
             return IntDistribution(int(self.low), int(self.high), log=self.log, step=int(self.step or 1))
         return FloatDistribution(self.low, self.high, log=self.log, step=self.step)
@@ -114,7 +114,7 @@ class Space:
     params: Mapping[str, Range | Choice]
 
     def __post_init__(self) -> None:
-        # a condition on a later parameter could never be true
+        # A condition on a later parameter could never be true.
         earlier = set[str]()
         for name, param in self.params.items():
             if missing := param.when.keys() - earlier:
@@ -133,14 +133,14 @@ class Space:
     def suggest(self, trial: Trial) -> Values:
         """Sample the values of a trial."""
         params = Values()
-        # active_params reads `params`, so each value decides which parameters follow
+        # active_params reads `params`, so each value decides which parameters follow.
         for name, distribution in self.active_params(params):
             params[name] = _suggest(trial, name, distribution)
         return self.values(params)
 
     def values(self, params: Mapping[str, Any]) -> Values:
         """Convert the parameters of a trial, as Optuna stores them, to values of a job file."""
-        # Optuna stores sections and lists as JSON; JSON as key also separates 1 from true
+        # Optuna stores sections and lists as JSON; JSON as key also separates 1 from true.
         choices = {
             (name, json.dumps(_to_optuna(value))): value
             for name, param in self.params.items()
@@ -231,7 +231,7 @@ class FeasibleSampler(BaseSampler):
             study: the study.
             trial: the trial.
         """
-        # the random decisions come from the seeded sampler too, so a continued search repeats them
+        # The random decisions come from the seeded sampler too, so a continued search repeats them.
         coin = FloatDistribution(0, 1)
         search_space = guided.infer_relative_search_space(study, trial) if random_share < 1 else {}
         relative = guided.sample_relative(study, trial, search_space)
@@ -271,7 +271,7 @@ def check_space(space: Space, check_values: CheckValues) -> None:
         return params
 
     for name, param in space.params.items():
-        # each choice on its own, but a range as a whole: part of it may be invalid
+        # Each choice on its own, but a range as a whole: part of it may be invalid.
         cases = [{name: _to_optuna(value)} for value in param.choices] if isinstance(param, Choice) else [{}]
         for fixed in cases:
             draws = (draw(fixed) for _ in range(CHECK_DRAWS))
@@ -287,7 +287,7 @@ def _find_problem(space: Space, check_values: CheckValues, name: str, draws: Ite
     """Find why no draw with this parameter is a valid job; "" if one is."""
     problem = "its when is never true"
     for params in draws:
-        # its `when` is not true in this draw
+        # Its `when` is not true in this draw.
         if name not in params:
             continue
         try:

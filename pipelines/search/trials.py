@@ -178,7 +178,7 @@ class Trials:
         self.settings = settings
         self.compute_costs = compute_costs
         self.space = Space(settings.space)
-        # a driver that was killed may leave half a line
+        # A driver that was killed may leave half a line.
         jsonl.drop_partial_line(folder / JOURNAL_FILE)
         self.storage = open_storage(settings, folder)
         self.study = _open_study(settings, name, self.storage, folder)
@@ -190,7 +190,7 @@ class Trials:
         self.failure_reason = ""
         self.is_open = True
         self.lock = threading.RLock()  # Tune calls from a thread of its own
-        # the order decides which trials come first: interrupted ones, then references, then retries
+        # The order decides which trials come first: interrupted ones, then references, then retries.
         self._requeue_running()
         self._enqueue_references()
         self._enqueue_retries()
@@ -234,9 +234,9 @@ class Trials:
                 return False
             trial = self.running[key]
             losses = trial.user_attrs.get("losses", {})
-            if str(step) not in losses:  # a continued trial repeats its earlier reports
+            if str(step) not in losses:  # A continued trial repeats its earlier reports
                 should_stop = self.rungs is not None and self.rungs.should_stop(_first_number(trial), step, loss)
-                # references are needed for comparison; after the last step nothing is saved
+                # References are needed for comparison; after the last step nothing is saved.
                 if should_stop and "reference" not in trial.user_attrs and step < steps:
                     trial.set_user_attr("lags", True)
                 wall_s = self._measure_time(key)
@@ -254,17 +254,17 @@ class Trials:
             error: error message.
         """
         with self.lock:
-            if not self.is_open:  # the driver is ending and its trials end with it; they wait for the next driver
+            if not self.is_open:  # The driver is ending and its trials end with it; they wait for the next driver
                 return
             wall_s = self._measure_time(key)
             trial = self.running.pop(key)
             trial.set_user_attr("wall_s", wall_s)
-            # a trial may crash while it stops early: that is not a failure
+            # A trial may crash while it stops early: that is not a failure.
             if trial.user_attrs.get("lags", False) and not metrics:
                 self._finish_in_study(trial, TrialState.PRUNED)
                 return
             if not error:
-                metrics = {**trial.user_attrs.get("metrics", {}), **metrics}  # costs are known since the trial started
+                metrics = {**trial.user_attrs.get("metrics", {}), **metrics}  # Costs are known since the trial started
                 self._set_metrics(trial, metrics)
                 error = _describe_missing(metrics, [*self.settings.objectives, *self.settings.limits])
             if error:
@@ -311,7 +311,7 @@ class Trials:
         """Set RUNNING trials to WAITING, because their driver has ended or is ending."""
         for trial in self._all_trials():
             if trial.state == TrialState.RUNNING:
-                # Optuna's Study has no public method for this
+                # Optuna's Study has no public method for this.
                 self.storage.set_trial_state_values(trial._trial_id, TrialState.WAITING)
 
     def _enqueue_references(self) -> None:
@@ -369,7 +369,7 @@ class _Rungs:
     def __init__(self, prune: Prune, earlier: Sequence[FrozenTrial]) -> None:
         self.study = optuna.create_study(pruner=prune.make_pruner())
         self.trials: dict[int, Trial] = {}
-        # first all losses, then all ends: the decisions of the pruner are stored in the real study
+        # First all losses, then all ends: the decisions of the pruner are stored in the real study.
         for trial in earlier:
             for step, loss in trial.user_attrs.get("losses", {}).items():
                 self.should_stop(_first_number(trial), int(step), loss)
@@ -411,7 +411,7 @@ def _open_study(settings: SearchSettings, name: str, storage: BaseStorage, folde
     optuna_names: dict[str, Literal["maximize", "minimize"]] = {"max": "maximize", "min": "minimize"}
     directions = [optuna_names[direction] for direction in settings.objectives.values()]
     study = optuna.create_study(study_name=name, storage=storage, directions=directions, load_if_exists=True)
-    # an existing study keeps its objectives, so compare them
+    # An existing study keeps its objectives, so compare them.
     stored_directions = (direction.name.lower() for direction in study.directions)
     stored_objectives = dict(zip(study.metric_names or objectives, stored_directions, strict=False))
     if stored_objectives != dict(zip(objectives, directions, strict=True)):
@@ -420,7 +420,7 @@ def _open_study(settings: SearchSettings, name: str, storage: BaseStorage, folde
         )
     with warnings.catch_warnings(action="ignore", category=optuna.exceptions.ExperimentalWarning):
         study.set_metric_names(objectives)
-    # a shared storage may have a study of the same name from another folder
+    # A shared storage may have a study of the same name from another folder.
     address = _folder_address(folder)
     owner = study.user_attrs.setdefault("folder", address)
     if owner != address:

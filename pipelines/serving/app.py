@@ -107,11 +107,11 @@ class ModelReplica:
     """A copy of the model, as a deployment of Ray Serve."""
 
     def __init__(self, served: ServedModel, max_batch_size: int) -> None:
-        # heavy packages are imported here, since the gateway does without them
+        # Heavy packages are imported here, since the gateway does without them.
         from pipelines.serving.engine import BatchingEngine
         from pipelines.serving.loading import load_models
 
-        # a problem is a value, since Ray Serve would start a replica whose constructor raises again and again
+        # A problem is a value, since Ray Serve would start a replica whose constructor raises again and again.
         self.problem = ""
         self.engine: BatchingEngine | None = None
         self.started_at = time.monotonic()
@@ -155,7 +155,7 @@ class ModelReplica:
         def deliver(event: Any) -> None:
             loop.call_soon_threadsafe(events.put_nowait, event)
 
-        # the events come from the thread of the engine
+        # The events come from the thread of the engine.
         ticket = Ticket(call.model, chat, call.sampling, call.traces, deliver)
         self.engine.submit(ticket)
         try:
@@ -165,7 +165,7 @@ class ModelReplica:
                 is_end = isinstance(event, TextEvent) and event.finish_reason and not call.traces
                 if is_end or isinstance(event, FailureEvent | TraceEvent):
                     return
-        finally:  # also if the client has left
+        finally:  # Also if the client has left
             ticket.is_cancelled = True
 
 
@@ -191,14 +191,14 @@ class Gateway:
             "/v1/chat/completions": ("POST", self._complete),
         }
         try:
-            # DNS rebinding: the name of another site may resolve to this address
+            # DNS rebinding: the name of another site may resolve to this address.
             self._check_host(request)
-            # a slash at the end is ignored
+            # A slash at the end is ignored.
             path = request.url.path.removesuffix("/") or "/"
             if path not in routes:
                 raise RequestError(404, f"got {path}, allowed: {', '.join(routes)}", code="not_found")
             method, handle = routes[path]
-            # HTTP allows HEAD wherever it allows GET
+            # HTTP allows HEAD wherever it allows GET.
             if request.method != method and (request.method, method) != ("HEAD", "GET"):
                 raise RequestError(405, f"got {request.method}, allowed: {method}", code="method_not_allowed")
             if path.startswith("/v1/"):
@@ -234,7 +234,7 @@ class Gateway:
         try:
             async with asyncio.timeout(5):
                 count = await self.replica.count_conversations.remote()
-        except Exception as error:  # whatever the reason, the model does not answer
+        except Exception as error:  # Whatever the reason, the model does not answer
             raise RequestError(503, f"the model does not answer: {type(error).__name__}", "server_error") from None
         return JSONResponse({"status": "ok", "conversations": count})
 
@@ -245,14 +245,14 @@ class Gateway:
         limit = self.settings.limits.concurrent
         if len(self.slots) >= limit:
             raise RequestError(429, f"got more than {limit} requests at a time", "rate_limit_error", "busy")
-        # counted before the body is read, so that waiting clients cannot fill the memory
+        # Counted before the body is read, so that waiting clients cannot fill the memory.
         slot = _RequestSlot()
         self.slots.add(slot)
         chat_request = await self._read_request(request)
         call = await self._build_call(chat_request)
         events = self._iterate_events(call)
         first = await anext(events)
-        # from here on the answer has begun, so errors before this line have a status
+        # From here on the answer has begun, so errors before this line have a status.
         if isinstance(first, RefusalEvent):
             raise RequestError(400, first.message)
         if isinstance(first, FailureEvent):
@@ -270,11 +270,11 @@ class Gateway:
             raise RequestError(415, f"content-type: got {content_type or 'none'}, allowed: application/json")
         limit = self.settings.limits.body_bytes
         too_large = RequestError(413, f"got more bytes, allowed: up to {limit}", code="too_large")
-        # refuse by the header before anything of the body is read
+        # Refuse by the header before anything of the body is read.
         length = request.headers.get("content-length", "0")
         if not length.isdecimal() or int(length) > limit:
             raise too_large
-        # a client may send more than its header says, or no header
+        # A client may send more than its header says, or no header.
         body = bytearray()
         try:
             async with asyncio.timeout(BODY_S):
@@ -297,7 +297,7 @@ class Gateway:
         limits = self.settings.limits
         try:
             sampling = chat_request.build_sampling(limits)
-            # images are decoded or fetched in a thread, so that other requests go on
+            # Images are decoded or fetched in a thread, so that other requests go on.
             messages = await asyncio.to_thread(chat_request.build_messages, limits)
             check_messages(messages)
         except ValueError as error:
@@ -360,7 +360,7 @@ class Gateway:
             if chat_request.stream_options and chat_request.stream_options.include_usage:
                 yield _format_event(completion.build_last_chunk(usage=_build_usage(prompt, tokens)))
             yield "data: [DONE]\n\n"
-        except Exception as error:  # the status is sent already
+        except Exception as error:  # The status is sent already
             failed = error if isinstance(error, RequestError) else _describe_bug(error)
             yield _format_event(protocol.build_error(failed.message, failed.kind, failed.code))
 
@@ -407,7 +407,7 @@ def start_server(settings: ServerSettings, has_gpus: bool) -> None:
     """
     if is_started():
         raise ValueError("RAY_ADDRESS: got a cluster in which Ray Serve runs already, allowed: one without")
-    # access and state go to files of the Ray session; the terminal has only lines of ours
+    # Access and state go to files of the Ray session; the terminal has only lines of ours.
     _logger.setLevel(logging.CRITICAL)
     serve.start(
         proxy_location="HeadOnly",
@@ -420,11 +420,11 @@ def start_server(settings: ServerSettings, has_gpus: bool) -> None:
         ray_actor_options={"num_cpus": 0 if has_gpus else 1, "num_gpus": settings.gpu_share if has_gpus else 0},
         health_check_period_s=2,
         graceful_shutdown_timeout_s=2,
-        # a process that dies while it loads the model, as without memory
+        # A process that dies while it loads the model, as without memory.
         max_constructor_retry_count=2,
     )(ModelReplica)
     gateway = serve.deployment(
-        # beyond the limit of requests the gateway itself answers, with status 429
+        # Beyond the limit of requests the gateway itself answers, with status 429.
         max_ongoing_requests=100 * settings.limits.concurrent,
         ray_actor_options={"num_cpus": 0},
         graceful_shutdown_timeout_s=2,

@@ -86,11 +86,11 @@ class BatchingEngine:
         self._thread.join()
 
     def _work(self) -> None:
-        # the only thread that runs the model
+        # The only thread that runs the model.
         while batch := self._next_batch():
             try:
                 self._answer(batch)
-            except Exception as error:  # the next batch may be answered
+            except Exception as error:  # The next batch may be answered
                 _logger.exception("a batch of %d failed", len(batch))
                 for ticket in batch:
                     ticket.deliver(FailureEvent(_describe_failure(error)))
@@ -107,7 +107,7 @@ class BatchingEngine:
                 self._changed.wait()
             if self._is_closed:
                 return []
-            # the conversation that has waited longest chooses the model
+            # The conversation that has waited longest chooses the model.
             name = self._waiting[0].model
             batch = [ticket for ticket in self._waiting if ticket.model == name][: self.max_batch_size]
             self._waiting = deque(ticket for ticket in self._waiting if ticket not in batch)
@@ -122,9 +122,9 @@ class BatchingEngine:
                 batch[delta.row].deliver(TextEvent(delta.text, delta.tokens, delta.finish_reason))
             return [row for row, ticket in enumerate(batch) if ticket.is_cancelled]
 
-        # rows end one by one; the batch ends with its longest answer
+        # Rows end one by one; the batch ends with its longest answer.
         answers = model.generate([ticket.chat for ticket in batch], [ticket.sampling for ticket in batch], deliver)
-        # traces come last, so that no caller waits for the trace of another one
+        # Traces come last, so that no caller waits for the trace of another one.
         for ticket, answer in zip(batch, answers, strict=True):
             if ticket.traces and not ticket.is_cancelled:
                 ticket.deliver(TraceEvent(_trace(model, ticket.chat, answer)))

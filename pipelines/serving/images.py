@@ -47,13 +47,13 @@ def check_sent_image(content: bytes, max_pixels: int) -> None:
     try:
         with Image.open(io.BytesIO(content), formats=FORMATS) as image:
             width, height = image.size
-            # the further pictures in a camera's JPEG (MPO) are previews; Pillow decodes the first one
+            # The further pictures in a camera's JPEG (MPO) are previews; Pillow decodes the first one.
             is_animated = image.format != "MPO" and getattr(image, "is_animated", False)
     except Image.DecompressionBombError:
         raise ValueError(f"image: got one beyond Pillow's limit, allowed: up to {max_pixels} pixels") from None
     except MemoryError:
         raise
-    except Exception as error:  # each of Pillow's formats has its own
+    except Exception as error:  # Each of Pillow's formats has its own
         reason = type(error).__name__
         raise ValueError(f"image: got {len(content)} bytes ({reason}), allowed: {', '.join(FORMATS)}") from None
     if width * height > max_pixels:

@@ -17,7 +17,7 @@ def load_models(served: ServedModel) -> dict[str, ChatModel]:
         ValueError: the path has no LLaVA, or the settings do not fit it.
     """
     if not torch.cuda.is_available():
-        # Ray gives each actor one thread; the cores are shared by the replicas of this machine
+        # Ray gives each actor one thread; the cores are shared by the replicas of this machine.
         torch.set_num_threads(len(os.sched_getaffinity(0)))
     methods = choose_methods(served.path, served.image_tokens, served.gamma)
     model = load_chat_model(served.path, device=served.device, **methods)
@@ -35,7 +35,7 @@ def share_weights_without_methods(model: ReduxForConditionalGeneration) -> Redux
     with torch.device("meta"):
         plain = ReduxForConditionalGeneration(config)
     plain.load_state_dict(model.state_dict(keep_vars=True), assign=True)
-    # buffers outside of the state dict, such as rotary frequencies, are on the meta device
+    # Buffers outside of the state dict, such as rotary frequencies, are on the meta device.
     own_buffers = dict(model.named_buffers())
     for name, _ in list(plain.named_buffers()):
         parent, _, leaf = name.rpartition(".")

@@ -89,14 +89,14 @@ class ChatRequest(ProtocolObject):
     stream: bool | None = None
     stream_options: StreamOptions | None = None
     redux: ReduxOptions = ReduxOptions()
-    # accepted only with the value that changes nothing
+    # Accepted only with the value that changes nothing.
     n: Literal[1] | None = None
     logprobs: Literal[False] | None = None
     frequency_penalty: Annotated[float, Field(ge=0, le=0, strict=False)] | None = None
     presence_penalty: Annotated[float, Field(ge=0, le=0, strict=False)] | None = None
     response_format: ResponseFormat | None = None
     tools: Annotated[list[Any], Field(max_length=0)] | None = None
-    # accepted without effect
+    # Accepted without effect.
     user: str | None = None
     metadata: dict[str, str] | None = None
     store: bool | None = None
@@ -115,7 +115,7 @@ class ChatRequest(ProtocolObject):
 
     def build_sampling(self, limits: RequestLimits) -> Sampling:
         """Build the sampling.  Without a temperature the answer is greedy, as in evaluation."""
-        # OpenAI renamed the field; clients send either
+        # OpenAI renamed the field; clients send either.
         requested = self.max_completion_tokens or self.max_tokens or DEFAULT_NEW_TOKENS
         stop = [self.stop] if isinstance(self.stop, str) else self.stop or []
         return Sampling(
@@ -136,14 +136,14 @@ def parse_request(body: bytes) -> ChatRequest:
     try:
         return ChatRequest.model_validate_json(body)
     except ValidationError as error:
-        # clients show one line, so the first problem is enough
+        # Clients show one line, so the first problem is enough.
         first = error.errors(include_url=False, include_input=False)[0]
         path = ".".join(str(part) for part in first["loc"] if part not in ("str", "list[union]"))
         raise ValueError(f"{path or 'body'}: {first['msg']}") from None
 
 
 def _build_message(message: ChatMessage, limits: RequestLimits) -> Message:
-    # newer clients call the system role developer
+    # Newer clients call the system role developer.
     role = "system" if message.role == "developer" else message.role
     if isinstance(message.content, str):
         return Message(role=role, text=message.content)

@@ -29,7 +29,7 @@ def time_decoding(bench: Bench) -> None:
             inputs = build_inputs(bench, model, batch, shapes.decode_text)
             for phase, tokens in (("prefill", 1), ("all", shapes.new_tokens)):
                 run = build_generation(model, inputs, tokens)
-                # LLaVA has no fused code
+                # LLaVA has no fused code.
                 choices = build_variants(f"{name}|{phase}", run)
                 variants += choices[:1] if name == "LLaVA" else choices
         bench.time_variants("generation", variants, warm_calls=1, settles=False)
@@ -42,12 +42,12 @@ def time_graphs(bench: Bench, models: dict[str, ReduxForConditionalGeneration], 
     variants = []
     for name, model in models.items():
         inputs = build_inputs(bench, model, batch, bench.shapes.decode_text)
-        # a model keeps one graph, so it has one choice of kernels; LLaVA's tower, too, runs as a graph
+        # A model keeps one graph, so it has one choice of kernels; LLaVA's tower, too, runs as a graph.
         for phase, tokens in (("prefill", 1), ("all", bench.shapes.new_tokens)):
             variants.append(TimedVariant(f"{name}|{phase}", "fused", build_graph_generation(model, inputs, tokens)))
     bench.time_variants("generation", variants, warm_calls=1, settles=False)
     split_generation(bench, f"graph batch {batch}")
-    # a graph holds the memory of its cache
+    # A graph holds the memory of its cache.
     release_graphs()
     bench.free_memory()
 
@@ -81,7 +81,7 @@ def build_generation(
 def split_generation(bench: Bench, group: str) -> None:
     """Turn times of whole generations into times of the prefill and of one decoded token."""
     batch = int(group.split()[-1])
-    # a generation of one token is the prefill, and that of many adds their decoding in the same round
+    # A generation of one token is the prefill, and that of many adds their decoding in the same round.
     result = bench.results.pop("generation")
     prefill: dict[str, list[float]] = {}
     decode: dict[str, list[float]] = {}
@@ -114,7 +114,7 @@ def time_compiled_decoding(bench: Bench) -> None:
         model = share_weights(base, build_config(shapes, shapes.compiled_layers, *settings)).eval()
         inputs = build_inputs(bench, model, 1, shapes.decode_text)
         choice = "plain" if name == "LLaVA" else "fused"
-        # the cache has the length of max_new_tokens, so the short call stops early instead of asking for fewer
+        # The cache has the length of max_new_tokens, so the short call stops early instead of asking for fewer.
         short = StoppingCriteriaList([MaxLengthCriteria(max_length=inputs["input_ids"].shape[1] + 2)])
         variants = [
             TimedVariant(
@@ -124,7 +124,7 @@ def time_compiled_decoding(bench: Bench) -> None:
             )
             for phase, options in (("prefill", {"stopping_criteria": short}), ("all", {}))
         ]
-        # compiled code of earlier variants would count towards Dynamo's limit of recompilations
+        # Compiled code of earlier variants would count towards Dynamo's limit of recompilations.
         torch.compiler.reset()
         bench.time_variants("generation", variants, warm_calls=2)
         part = bench.results.pop("generation")

@@ -37,7 +37,7 @@ def build_config(shapes: Shapes, layers: int, vmtc: VMTC | None = None, cmai: CM
 
 def build_model(bench: Bench, config: ReduxConfig) -> ReduxForConditionalGeneration:
     """Build a model with random weights in bf16 on the device."""
-    # random numbers for 7B weights are slow on the host, so they are drawn on the device
+    # Random numbers for 7B weights are slow on the host, so they are drawn on the device.
     torch.manual_seed(0)
     with default_dtype(torch.bfloat16), torch.device(bench.device):
         return ReduxForConditionalGeneration(config)
@@ -47,7 +47,7 @@ def share_weights(base: nn.Module, config: ReduxConfig) -> ReduxForConditionalGe
     """Build a model of another configuration on the weights of one that exists: VMTC and CMAI add none."""
     with default_dtype(torch.bfloat16), torch.device("meta"):
         model = ReduxForConditionalGeneration(config)
-    # the modules of both models have the same names, and one card has no room for several 7B models
+    # The modules of both models have the same names, and one card has no room for several 7B models.
     modules = dict(base.named_modules())
     for name, module in model.named_modules():
         module._parameters.update(modules[name]._parameters)
@@ -74,7 +74,7 @@ def build_last_layer(bench: Bench, cmai: CMAI | None) -> Any:
     decoder: Any = model.model.language_model
     decoder.layers = nn.ModuleList([decoder.layers[-1]])
     decoder.to_empty(device=bench.device)
-    # `to_empty` leaves the rotary frequencies, which are computed and not stored, without values
+    # `to_empty` leaves the rotary frequencies, which are computed and not stored, without values.
     with torch.device(bench.device):
         decoder.rotary_emb = type(decoder.rotary_emb)(config.text_config)
     torch.manual_seed(0)

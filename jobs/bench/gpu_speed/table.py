@@ -29,7 +29,7 @@ class Goal(NamedTuple):
 
 def list_goals(shapes: Shapes) -> list[Goal]:
     """List the rows of the table; counts of tokens in names are those of the full shapes."""
-    # floors are what fewer tokens would give if the compression itself were free
+    # Floors are what fewer tokens would give if the compression itself were free.
     floors = {"288": 0.74, "64": 0.47, "36": 0.41}
     goals = {"288": 0.80, "64": 0.55, "36": 0.50}
     rows = [Goal("tower inference", tokens, "off", goals[tokens], floors[tokens]) for tokens in floors]
@@ -47,7 +47,7 @@ def list_goals(shapes: Shapes) -> list[Goal]:
         rows.append(Goal(group, "VMTC+CMAI 288", "LLaVA", half, 0.72))
         rows.append(Goal(group, "VMTC+CMAI 288 scores", "LLaVA", None, 0.72))
         rows.append(Goal(group, "VMTC+CMAI 64", "LLaVA", 0.56, 0.50))
-    # the floors of decoding are VMTC alone, as measured on an H200
+    # The floors of decoding are VMTC alone, as measured on an H200.
     for batch, speed, speed_floor in zip(shapes.decode_batches, (1.2, 1.4), (1.47, 1.59), strict=True):
         for group in (f"batch {batch}", f"graph batch {batch}"):
             for variant in ("VMTC 288", "VMTC+CMAI 288", "VMTC+CMAI 64"):
@@ -70,7 +70,7 @@ def compute_ratio(result: dict[str, Any], goal: Goal, choice: Choice) -> tuple[f
     """Compute quartiles of the ratio over rounds: (first, median, third); None if a variant has no times."""
     times = result["ms"].get(f"{goal.variant}/{choice}", [])
     base = find_base_times(result, goal)
-    # of one round each, so that a clock that changes between rounds cancels out
+    # Of one round each, so that a clock that changes between rounds cancels out.
     pairs = [
         (below / above if goal.is_speed else above / below)
         for above, below in zip(times, base, strict=False)

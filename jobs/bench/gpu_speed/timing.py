@@ -64,7 +64,7 @@ class Bench:
             start = time.perf_counter()
             run()
             return (time.perf_counter() - start) * 1e3
-        # events use the clock of the device, so the host's wait at the end does not count
+        # Events use the clock of the device, so the host's wait at the end does not count.
         begin, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
         torch.cuda.synchronize()
         begin.record()
@@ -91,12 +91,12 @@ class Bench:
         remaining = list(variants)
 
         def attempt(variant: TimedVariant) -> float | None:
-            # kernels are chosen for the whole process, so each call sets its own choice
+            # Kernels are chosen for the whole process, so each call sets its own choice.
             set_kernels(CHOICES[variant.choice])
             try:
                 return self.time_call(variant.run)
             except Exception as error:
-                # a kernel that this card refuses must not cost the times of the others
+                # A kernel that this card refuses must not cost the times of the others.
                 traceback.print_exc()
                 result["errors"][variant.label] = describe_error(error)
                 remaining.remove(variant)
@@ -111,7 +111,7 @@ class Bench:
         for number in range(MAX_ROUNDS):
             if number >= self.shapes.rounds and time.perf_counter() - started > self.shapes.section_s:
                 break
-            # every round begins with another variant
+            # Every round begins with another variant.
             first = number % max(len(remaining), 1)
             for variant in [*remaining[first:], *remaining[:first]]:
                 times = [attempt(variant) for _ in range(1 + settles) if variant in remaining]

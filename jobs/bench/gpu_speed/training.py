@@ -29,7 +29,7 @@ def time_tower(bench: Bench) -> None:
     base = build_model(bench, build_config(shapes, 1))
     side = shapes.tower["image_size"]
     pixels = torch.randn(batch, 3, side, side, device=bench.device, dtype=torch.bfloat16)
-    # towers share their weights, so that only the compression differs
+    # Towers share their weights, so that only the compression differs.
     towers = {"off": base} | {
         name: share_weights(base, build_config(shapes, 1, VMTC(tokens=tokens))) for name, tokens in budgets.items()
     }
@@ -48,7 +48,7 @@ def time_tower(bench: Bench) -> None:
         return run
 
     for group, trains in (("tower inference", False), ("tower forward+backward", True)):
-        # compressing blocks are patched at the first encoding, so the tower of transformers is `off`'s
+        # Compressing blocks are patched at the first encoding, so the tower of transformers is `off`'s.
         variants = [TimedVariant(name, "plain", build_run(name, trains)) for name in ("transformers", "off")]
         for name in budgets:
             variants += build_variants(name, build_run(name, trains))
@@ -73,13 +73,13 @@ def time_layer_of_length(bench: Bench, image: int, text: int) -> None:
     )
     methods = {"causal SDPA": None, "CMAI weights": CMAI(), "CMAI scores": CMAI(scores="scores")}
     decoders = {name: build_last_layer(bench, cmai) for name, cmai in methods.items()}
-    # equal weights, so that a sharper attention in one of them makes no difference
+    # Equal weights, so that a sharper attention in one of them makes no difference.
     for decoder in decoders.values():
         decoder.layers[0].load_state_dict(decoders["causal SDPA"].layers[0].state_dict())
     visible = torch.ones(length, length, dtype=torch.bool, device=bench.device).tril().expand(batch, 1, -1, -1)
 
     def build_run(name: str, choice: Choice, **changes: Any) -> Callable[[], object]:
-        # CMAI prepares the arguments of a layer for the kernels that are chosen then
+        # CMAI prepares the arguments of a layer for the kernels that are chosen then.
         set_kernels(CHOICES[choice])
         layer = decoders[name].layers[0]
         arguments = capture_arguments(decoders[name], ids) | changes
@@ -127,7 +127,7 @@ def time_training(bench: Bench) -> None:
         for name, settings in list_methods(shapes).items()
     }
     trained = [parameter for parameter in base.parameters() if parameter.requires_grad]
-    # one optimizer for all variants: they share their weights, and a card has no room for more states
+    # One optimizer for all variants: they share their weights, and a card has no room for more states.
     optimizer = torch.optim.AdamW(trained, lr=1e-6, fused=bench.device == "cuda")
     steps = {name: build_step(bench, model, optimizer) for name, model in models.items()}
     peak = measure_matmul_peak(bench)
@@ -158,7 +158,7 @@ def build_step(
     inputs = build_inputs(bench, model, bench.shapes.train_batch, text)
     labels = inputs["input_ids"][:, 1:].clone()
     labels[:, : -text // 2] = -100
-    # logits are computed only where there is a label, as in a stage
+    # Logits are computed only where there is a label, as in a stage.
     learned = labels != -100
 
     def step() -> None:
@@ -184,6 +184,6 @@ def measure_matmul_peak(bench: Bench) -> float:
     """Measure the FLOPs per second of a large bf16 product, the median of ten."""
     side = bench.shapes.product
     left, right = (torch.randn(side, side, device=bench.device, dtype=torch.bfloat16) for _ in range(2))
-    # the first products load the library and raise the clocks
+    # The first products load the library and raise the clocks.
     times = [bench.time_call(lambda: left @ right) for _ in range(13)][3:]
     return 2 * side**3 / (statistics.median(times) / 1e3)
