@@ -193,7 +193,7 @@ class Conversation:
         print("a new conversation")
 
     def _answer(self, question: str) -> None:
-        """Answer a question and print the answer as it grows.  Ctrl-C ends the answer, which stays as far as it got."""
+        """Answer a question and print the answer as it grows. Ctrl-C ends the answer, which stays as far as it got."""
         message = Message(role="user", text=question, images=tuple(self.new_images))
         if not self.messages and not message.images:
             print(f"({NO_IMAGE}; /image FILE shows one with the next question)")
@@ -259,7 +259,7 @@ def format_picture(picture: Image.Image, columns: int) -> str:
 
 
 def _read_lines() -> Iterator[str]:
-    """Read lines until the end of the input.  Ctrl-C at the prompt ends a conversation in a terminal, too."""
+    """Read lines until the end of the input. Ctrl-C at the prompt ends a conversation in a terminal, too."""
     while True:
         try:
             yield input("> " if sys.stdin.isatty() else "")

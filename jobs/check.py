@@ -30,6 +30,7 @@ from jobs.layout import locate_job_checkpoints
 from jobs.schema import Job
 from pipelines.core import storage
 from pipelines.core.failures import classify_error
+from pipelines.core.words import pluralize
 from pipelines.data.held_out import select_held_out
 from pipelines.data.images import ImageFolder, OutsideError
 from pipelines.data.options import SetSource
@@ -110,7 +111,7 @@ class ProblemList:
         self.keys.setdefault(" ".join(line.split()), unusable)
 
     def has(self, unusable: str) -> bool:
-        """Tell if a problem makes a key of the job unusable."""
+        """Return True if a problem makes a key of the job unusable."""
         return unusable in self.keys.values()
 
     @contextmanager
@@ -145,7 +146,7 @@ def check_job(options: CheckOptions) -> None:
         with problems.collect():
             _check_stages(usable, folder, options, problems)
     if problems.keys:
-        print("1 problem" if len(problems.keys) == 1 else f"{len(problems.keys)} problems")
+        print(pluralize(len(problems.keys), "problem"))
         raise document.JobError(*problems.keys)
     print("no problems found")
 
@@ -372,7 +373,7 @@ def _print_stage(
     if rate is None and metrics.read_last_step(plan.run, plan.name):
         rate = metrics.compute_tokens_per_s(plan.run, plan.name)
     template = f", template {plan.template}" if plan.stage.objective == "language" else ""
-    print(f"\n{plan.name}: {plan.stage.objective}{template}, {workers} worker{'s' * (workers > 1)}")
+    print(f"\n{plan.name}: {plan.stage.objective}{template}, {pluralize(workers, 'worker')}")
     for inspected in stage_sets:
         print(format_inspection(inspected, plan.stage.max_length))
     tokens = work.steps * plan.stage.global_batch_size * _mean_tokens(work, stage_sets)

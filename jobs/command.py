@@ -115,7 +115,7 @@ class VerbParser(argparse.ArgumentParser):
     _is_inner_call = False
 
     def parse_known_args(self, args: Any = None, namespace: Any = None) -> Any:
-        """Parse options, then all other words as arguments.  The parser above calls this method."""
+        """Parse options, then all other words as arguments. The parser above calls this method."""
         has_actions = any(action.nargs == argparse.PARSER for action in self._actions)
         # parse_known_intermixed_args of Python 3.11 calls this method for each of its two passes.
         if has_actions or self._is_inner_call:

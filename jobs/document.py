@@ -227,7 +227,7 @@ def set_value(tree: Any, dotted: str, value: Any, source: str) -> None:
 
 
 def accepts_type(schema: type, dotted: str, value_type: type) -> bool:
-    """Tell if the annotation at a dotted path allows values of a type."""
+    """Return True if the annotation at a dotted path allows values of a type."""
     location = [int(key) if key.isdecimal() else key for key in dotted.split(".")]
     return value_type in list_members(find_type(schema, location))
 

@@ -71,7 +71,7 @@ def open_stages(job: Job, folder: Path) -> Iterator[dict[str, StageWork]]:
 
 
 def belongs_to_run(job: Job, folder: Path) -> bool:
-    """Tell if the run folder has this job: samples and weights in it are those that the job would make."""
+    """Return True if the run folder has this job: samples and weights in it are those that the job would make."""
     if not (folder / JOB_FILE).exists():
         return False
     changes = claims.find_changes(folder / JOB_FILE, job)

@@ -189,7 +189,7 @@ def _find_base(job: Job, plans: Mapping[str, StagePlan], stage: str) -> str:
 
 
 def _is_evaluated(plans: Mapping[str, StagePlan], stage: str, saved: SavedCheckpoint) -> bool:
-    """Tell if the run evaluates this checkpoint: it is that of the model of the last stage."""
+    """Return True if the run evaluates this checkpoint: it is that of the model of the last stage."""
     plan = plans[stage]
     if stage != list(plans)[-1] or not is_complete(plan.result):
         return False

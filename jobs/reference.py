@@ -204,7 +204,7 @@ def _load_examples(file_kind: str) -> list[Any]:
 
 
 def _is_match(pattern: str, path: str) -> bool:
-    """Tell if a path matches a pattern, in which * stands for any name."""
+    """Return True if a path matches a pattern, in which * stands for any name."""
     return bool(pattern) and re.fullmatch(re.escape(pattern).replace(r"\*", r"[^.]+"), path) is not None
 
 

@@ -18,7 +18,7 @@ from pipelines.evaluation.evaluate import EvaluatedModel
 from pipelines.report import run_report
 from pipelines.report.run_report import Report, ReportedModel, WrittenReport
 from pipelines.training import trackers
-from pipelines.training.files import CONFIG_FILE, JOB_FILE, list_stage_models
+from pipelines.training.files import CONFIG_FILE, JOB_FILE, STUDY_FILE, list_stage_models
 from redux import answering
 from redux.pretrained import configure_checkpoint
 
@@ -38,7 +38,7 @@ def render_again(folder: Path, examples: int | None = None) -> Path:
     """
     require_folder(folder, "RUN", "the folder of a run")
     if not (folder / JOB_FILE).exists():
-        hint = "; redux tables compares the runs of a study" if (folder / "study.yaml").exists() else ""
+        hint = "; redux tables compares the runs of a study" if (folder / STUDY_FILE).exists() else ""
         raise ValueError(f"RUN: got {folder}, which has no {JOB_FILE}, allowed: the folder of a run{hint}")
     folder = folder.resolve()
     try:

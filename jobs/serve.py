@@ -101,7 +101,7 @@ def _serve_until_interrupted(settings: ServerSettings) -> None:
 
 
 def _watch(replicas: int) -> None:
-    """Print a line when a replica has died, and when all answer again.  Ends by an interrupt alone."""
+    """Print a line when a replica has died, and when all answer again. Ends by an interrupt alone."""
     from pipelines.serving import app
 
     was_complete = True

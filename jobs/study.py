@@ -39,12 +39,11 @@ from jobs.schema import Job, Name
 from jobs.type_text import format_value
 from pipelines.core import failures, storage
 from pipelines.data.easy_vqa import EASY_VQA_SETS
-from pipelines.training.files import RESULT_FILE
+from pipelines.training.files import RESULT_FILE, STUDY_FILE
 from pipelines.training.stage import Stage
 from redux.settings import CMAI, METHODS
 
 SHARED = "shared"
-STUDY_FILE = "study.yaml"
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -12,7 +12,7 @@ from jobs.layout import require_folder
 from pipelines.evaluation.tasks import RESERVED_NAMES, find_task
 from pipelines.report import comparison, page
 from pipelines.report.columns import Column
-from pipelines.report.runs import FindScorer, Scorer, group_families, read_finished_runs
+from pipelines.report.runs import Scorer, ScorerFinder, group_families, read_finished_runs
 from pipelines.report.tables import (
     Cell,
     ResultRow,
@@ -37,7 +37,11 @@ CLAIM_FIELDS = (
 
 
 def write_tables(
-    runs: Sequence[Path], out: Path | None, find_scorer: FindScorer, samples: int = 10_000, lists_missing: bool = False
+    runs: Sequence[Path],
+    out: Path | None,
+    find_scorer: ScorerFinder,
+    samples: int = 10_000,
+    lists_missing: bool = False,
 ) -> str:
     """Write the tables over runs.
 

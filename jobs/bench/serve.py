@@ -4,8 +4,8 @@
     python jobs/bench/serve.py runs/quickstart       # a trained model, with the image tokens of its training
 
 The random model has a tower of 336 px in patches of 14 px (21.7M weights) and a LLaMA of 99M weights, in bf16; only its
-speed has a meaning.  The server starts once for each number of image tokens, with the same weights.  All answers have
-the same number of tokens; each caller asks its next question when it has its answer.  The script prints the results and
+speed has a meaning. The server starts once for each number of image tokens, with the same weights. All answers have
+the same number of tokens; each caller asks its next question when it has its answer. The script prints the results and
 appends them to serve.jsonl; only numbers of one run can be compared.
 """
 

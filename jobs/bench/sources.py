@@ -154,7 +154,7 @@ class MemoryMeter:
 
 
 def is_worker(process: psutil.Process) -> bool:
-    """Tell if a process runs Ray tasks."""
+    """Return True if a process runs Ray tasks."""
     try:
         return (process.cmdline() or [""])[0].startswith("ray::")
     except psutil.Error:

@@ -137,7 +137,7 @@ def _walk(folder: Path, predicates: Sequence[PathPredicate]) -> Iterator[Path]:
 
 
 def _is_excluded(path: Path) -> bool:
-    """Tell if a path is excluded at any depth: a link, a possible secret, or a generated file."""
+    """Return True if a path is excluded at any depth: a link, a possible secret, or a generated file."""
     name = path.name.lower()
     return path.is_symlink() or bool(SECRET.fullmatch(name)) or any(fnmatch(name, pattern) for pattern in EXCLUDED_DIRS)
 

@@ -107,7 +107,7 @@ def write_entrypoint(submission: Submission, file: str) -> str:
 
 
 def _is_redux(folder: Path) -> bool:
-    """Tell if a folder is a checkout of Redux."""
+    """Return True if a folder is a checkout of Redux."""
     path = folder / "pyproject.toml"
     if not path.is_file():
         return False

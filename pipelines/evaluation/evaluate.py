@@ -131,7 +131,9 @@ class EvaluationActor:
             answers, attention = self._answer(batch)
         except (OSError, ValueError, ImportError, torch.OutOfMemoryError) as error:
             answers, attention = Answers([""], [0], 0.0, 0.0), [""]
-            problem = f"{failures.classify_error(error).text}{_name_broken_image(batch)}"
+            problem = failures.classify_error(error).text
+            if broken_image := _find_broken_image(batch):
+                problem += f"; the image is {broken_image}"
         else:
             problem = ""
         # The first batch of a size compiles kernels, allocates memory and captures a graph, so its times are others.
@@ -184,16 +186,18 @@ def _read_images(batch: QuestionBatch) -> list[bytes | None]:
     return [content[image] if isinstance(image, str) else image for image in images]
 
 
-def _name_broken_image(batch: QuestionBatch) -> str:
-    """Name the first image of a batch that cannot be decoded, for an error; "" if all can."""
+def _find_broken_image(batch: QuestionBatch) -> str:
+    """Find the path of the first image of a batch that cannot be decoded; "" if all can."""
     for question in batch.questions:
         if isinstance(question.image, str):
+            path = storage.join(batch.images, question.image)
+            # An image that cannot be read is named by the error itself.
             with suppress(OSError, ValueError):
-                content = storage.read(path := storage.join(batch.images, question.image))
+                content = storage.read(path)
                 try:
                     check_image(content)
                 except ValueError:
-                    return f"; the image is {path}"
+                    return path
     return ""
 
 
@@ -215,26 +219,29 @@ def evaluate(evaluated: EvaluatedModel, run: Path, settings: Evaluate, gpu_share
     _check_provenance(folder, evaluated, settings)
     questions = {name: load_questions(name, task) for name, task in settings.tasks.items()}
     measured = {
-        name: _select_measured(of_task, settings.attention if _measures_attention(evaluated, settings) else 0)
-        for name, of_task in questions.items()
+        name: _select_measured(task_questions, settings.attention if _measures_attention(evaluated, settings) else 0)
+        for name, task_questions in questions.items()
     }
-    remaining = {name: _find_unanswered(folder, name, of_task, measured[name]) for name, of_task in questions.items()}
+    remaining = {
+        name: _find_unanswered(folder, name, task_questions, measured[name])
+        for name, task_questions in questions.items()
+    }
     jsonl.drop_partial_line(folder / SPEED_FILE)
     if any(remaining.values()):
-        total = sum(len(of_task) for of_task in questions.values())
+        total = sum(len(task_questions) for task_questions in questions.values())
         _run_inference(evaluated, folder, settings, remaining, measured, total, gpu_share)
-    for name, of_task in questions.items():
-        _write_in_order(folder, name, of_task)
+    for name, task_questions in questions.items():
+        _write_in_order(folder, name, task_questions)
     return compute_scores(run, list(questions)) | compute_speed(run)
 
 
 def has_answers(run: Path) -> bool:
-    """Tell if an evaluation in the run folder has written an answer."""
+    """Return True if an evaluation in the run folder has written an answer."""
     return any(path.stat().st_size for path in (run / ANSWERS_FOLDER).glob("*.jsonl"))
 
 
 def has_new_questions(run: Path, settings: Evaluate) -> bool:
-    """Tell if the file of a user's task has other questions than those that were answered."""
+    """Return True if the file of a user's task has other questions than those that were answered."""
     for name, task in settings.tasks.items():
         if task.file:
             # All of them in their order, or the file has changed.
@@ -300,13 +307,18 @@ def _check_local_images(folder: str, names: Sequence[str], reads_headers: bool) 
         names: paths in it.
         reads_headers: also check that Pillow knows the format of each. It takes a few milliseconds in a hundred files.
     """
-    # Formats are checked only if all files exist.
     missing = [name for name in names if not Path(folder, name).is_file()]
-    unknown = [name for name in names if reads_headers and not missing and not is_image(Path(folder, name))]
-    for found, allowed in ((missing, "files that exist"), (unknown, "images that Pillow reads")):
-        if found:
-            examples = ", ".join(map(repr, found[:MAX_EXAMPLES])) + (", …" if len(found) > MAX_EXAMPLES else "")
-            raise ValueError(f"got {len(found)} of {len(names)} images in {folder}: {examples}, allowed: {allowed}")
+    if missing:
+        raise ValueError(f"{_describe_images(missing, len(names), folder)}, allowed: files that exist")
+    unknown = [name for name in names if reads_headers and not is_image(Path(folder, name))]
+    if unknown:
+        raise ValueError(f"{_describe_images(unknown, len(names), folder)}, allowed: images that Pillow reads")
+
+
+def _describe_images(names: Sequence[str], total: int, folder: str) -> str:
+    """Describe images that cannot be used, with a few of their names."""
+    examples = ", ".join(map(repr, names[:MAX_EXAMPLES])) + (", …" if len(names) > MAX_EXAMPLES else "")
+    return f"got {len(names)} of {total} images in {folder}: {examples}"
 
 
 def _check_provenance(folder: Path, evaluated: EvaluatedModel, settings: Evaluate) -> None:
@@ -358,7 +370,7 @@ def _run_inference(
     total: int,
     gpu_share: float,
 ) -> None:
-    """Answer the remaining questions; append the answers of each batch as soon as it is done.
+    """Answer the remaining questions; append the answers of each batch as soon as it is answered.
 
     Args:
         evaluated: the model that answers.
@@ -387,8 +399,8 @@ def _run_inference(
         num_gpus=gpu_share if cluster.count_gpus() else None,
     )
     # This process writes all answers, so no two actors append to one file.
-    done = total - sum(map(len, remaining.values()))
-    with _pass_by_value(), tqdm(desc="evaluate", total=total, initial=done, unit="question") as bar:
+    num_answered = total - sum(map(len, remaining.values()))
+    with _pass_by_value(), tqdm(desc="evaluate", total=total, initial=num_answered, unit="question") as bar:
         bar.set_postfix_str("loading model")
         for block in answers.iter_batches(batch_size=None):
             interrupts.raise_if_interrupted()
@@ -396,14 +408,14 @@ def _run_inference(
             batch = batches[int(block["batch"][0])]
             if problem := str(block["error"][0]):
                 raise ValueError(f"evaluate.tasks.{batch.task}: {problem}")
-            answered = zip(batch.questions, block["response"], block["attention"], strict=True)
+            answer_rows = zip(batch.questions, block["response"], block["attention"], strict=True)
             jsonl.append(
                 find_partial_file(folder, batch.task),
                 (
                     _make_row(question)
                     | {"response": str(response)}
                     | ({"attention": json.loads(attention)} if attention else {})
-                    for question, response, attention in answered
+                    for question, response, attention in answer_rows
                 ),
             )
             jsonl.append(folder / SPEED_FILE, [_make_speed_row(batch, block)])
@@ -471,7 +483,7 @@ def _make_row(question: Question) -> dict[str, Any]:
 
 
 def _measures_attention(evaluated: EvaluatedModel, settings: Evaluate) -> bool:
-    """Tell if attention to images can be measured: a LLaVA sees their pixels."""
+    """Return True if attention to images can be measured: a LLaVA sees their pixels."""
     return settings.image_input == "pixels" and answering.is_llava(evaluated.model)
 
 
@@ -504,7 +516,7 @@ def _read_rows_by_id(folder: Path, name: str) -> dict[str, dict[str, Any]]:
 
 
 def _is_answer(question: Question, row: Mapping[str, Any]) -> bool:
-    """Tell if a row answers this question; an earlier call may have used the id for another one."""
+    """Return True if a row answers this question; an earlier call may have used the id for another one."""
     return json.loads(json.dumps(_make_row(question))) == {name: row[name] for name in row if name not in ANSWER_FIELDS}
 
 
@@ -536,8 +548,8 @@ def compute_scores(run: Path, names: Sequence[TaskName]) -> dict[str, float]:
             raise ValueError(
                 f"evaluate.tasks.{name}: got no answer in {run / ANSWERS_FOLDER}, allowed: an evaluated task"
             )
-        of_task = _score_metrics(name, find_task(name).metrics(rows))
-        scores |= {f"{name}.{metric}": score for metric, score in of_task.items()}
+        task_scores = _score_metrics(name, find_task(name).metrics(rows))
+        scores |= {f"{name}.{metric}": score for metric, score in task_scores.items()}
     return scores
 
 
@@ -554,9 +566,9 @@ def compute_speed(run: Path) -> dict[str, float]:
     if not batches:
         return {}
     # Rows of earlier versions do not name them.
-    timed = [batch for batch in batches if not batch.get("is_warm_up")] or batches
+    timed_batches = [batch for batch in batches if not batch.get("is_warm_up")] or batches
     questions, tokens, prefill_s, decode_s = (
-        sum(batch[name] for batch in timed) for name in ("questions", "tokens", "prefill_s", "decode_s")
+        sum(batch[name] for batch in timed_batches) for name in ("questions", "tokens", "prefill_s", "decode_s")
     )
     return {
         # The prefill computes the first token of each answer, so decoding does not count it.

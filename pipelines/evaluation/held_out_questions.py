@@ -71,7 +71,7 @@ def _read_usable(shards: Shards, numbers: Sequence[int]) -> list[tuple[int, Stor
         # One damaged sample fails the whole request, so each one gets its own.
         if len(numbers) == 1:
             return []
-        return [found for number in numbers for found in _read_usable(shards, [number])]
+        return [pair for number in numbers for pair in _read_usable(shards, [number])]
 
 
 def _write_entry(number: int, sample: StoredSample, folder: Path) -> dict[str, Any] | None:

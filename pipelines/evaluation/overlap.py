@@ -179,8 +179,8 @@ def _list_candidates(shards: Shards, evaluation: EvaluationImages) -> Any:
 
 
 def _read(shards: Shards, rows: Any) -> Iterator[StoredSample]:
-    for first in range(0, len(rows), BLOCK_CANDIDATES):
-        block = [int(row) for row in rows[first : first + BLOCK_CANDIDATES]]
+    for start in range(0, len(rows), BLOCK_CANDIDATES):
+        block = [int(row) for row in rows[start : start + BLOCK_CANDIDATES]]
         try:
             yield from shards.read_samples(block)
         except ValueError:  # A damaged sample is found elsewhere
@@ -200,9 +200,9 @@ def _find_paths(sample: StoredSample, evaluation: EvaluationImages, digests: dic
         return [None]
     same_size = evaluation.by_size.get(len(sample.image), [])
     digest = hashlib.sha256(sample.image).digest() if same_size else b""
-    found = [path for file, path in same_size if _read_digest(file, digests) == digest]
-    if found or evaluation.by_size:
-        return found
+    equal_images = [path for file, path in same_size if _read_digest(file, digests) == digest]
+    if equal_images or evaluation.by_size:
+        return equal_images
     path = sample.record.get("image")
     return [path] if isinstance(path, str) and path in evaluation.by_path else []
 
@@ -222,27 +222,29 @@ def _find_copies(shards: Shards, evaluation: EvaluationImages, seed: int) -> tup
     Returns:
         Pairs of an image and a question that are in both, without equal bytes; an example; the number of samples.
     """
-    known = {question for path in evaluation.files for question in evaluation.by_path[path]}
-    with_image = np.flatnonzero(shards.has_image) if known else np.arange(0)
+    evaluation_texts = {question for path in evaluation.files for question in evaluation.by_path[path]}
+    with_image = np.flatnonzero(shards.has_image) if evaluation_texts else np.arange(0)
     rng = np.random.default_rng((seed, 1))
     rows = np.sort(rng.permutation(with_image)[:MAX_DRAWN])
     # Only images with a question of the evaluation are decoded, on both sides.
-    drawn = []
+    drawn_samples = []
     for sample in _read(shards, rows):
-        asked = _list_asked(sample) & known
+        asked = _list_asked(sample) & evaluation_texts
         if asked and (thumbnail := _draw_thumbnail(sample.image)) is not None:
-            drawn.append((sample, asked, thumbnail))
-    wanted = {question for _, asked, _ in drawn for question in asked}
-    paths = [path for path in evaluation.files if evaluation.by_path[path] & wanted]
+            drawn_samples.append((sample, asked, thumbnail))
+    set_texts = {question for _, asked, _ in drawn_samples for question in asked}
+    paths = [path for path in evaluation.files if evaluation.by_path[path] & set_texts]
     paths = [paths[index] for index in np.sort(rng.permutation(len(paths))[:MAX_THUMBNAILS])]
     stored = {path: thumbnail for path in paths if (thumbnail := _draw_file(evaluation.files[path])) is not None}
     pairs: set[tuple[str, str]] = set()
     example = ""
-    if drawn and stored:
-        nearest, is_copy = _match_thumbnails(np.stack([item[2] for item in drawn]), np.stack(list(stored.values())))
+    if drawn_samples and stored:
+        nearest, is_copy = _match_thumbnails(
+            np.stack([item[2] for item in drawn_samples]), np.stack(list(stored.values()))
+        )
         names = list(stored)
         for number in np.flatnonzero(is_copy):
-            sample, asked, _ = drawn[number]
+            sample, asked, _ = drawn_samples[number]
             path = names[nearest[number]]
             for question in asked & evaluation.by_path[path]:
                 pairs.add((path, question))
@@ -251,14 +253,14 @@ def _find_copies(shards: Shards, evaluation: EvaluationImages, seed: int) -> tup
 
 
 def _match_thumbnails(drawn: Any, stored: Any) -> tuple[Any, Any]:
-    """Find the nearest stored thumbnail of each drawn one, and tell if both are of one image."""
+    """Find the nearest stored thumbnail of each drawn one, and decide whether both are of one image."""
     squares = (drawn**2).sum(1)[:, None] + (stored**2).sum(1) - 2 * drawn @ stored.T
     distances = np.sqrt(np.maximum(squares, 0) / drawn.shape[1])
     nearest = distances.argmin(1)
-    first = distances[np.arange(len(drawn)), nearest]
+    smallest = distances[np.arange(len(drawn)), nearest]
     distances[np.arange(len(drawn)), nearest] = np.inf
     # Equal or empty images are near to each other.
-    return nearest, (first < MAX_DISTANCE) & (first < MAX_DISTANCE_RATIO * distances.min(1))
+    return nearest, (smallest < MAX_DISTANCE) & (smallest < MAX_DISTANCE_RATIO * distances.min(1))
 
 
 def _draw_file(file: str) -> Float[np.ndarray, " values"] | None:
@@ -273,9 +275,9 @@ def _draw_thumbnail(image: bytes) -> Float[np.ndarray, " values"] | None:
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
-            with Image.open(io.BytesIO(image)) as opened:
-                opened.draft("RGB", (4 * THUMBNAIL_SIDE, 4 * THUMBNAIL_SIDE))  # A JPEG is decoded at an eighth
-                small = opened.convert("RGB").resize((THUMBNAIL_SIDE, THUMBNAIL_SIDE), Image.Resampling.BOX)
+            with Image.open(io.BytesIO(image)) as decoder:
+                decoder.draft("RGB", (4 * THUMBNAIL_SIDE, 4 * THUMBNAIL_SIDE))  # A JPEG is decoded at an eighth
+                small = decoder.convert("RGB").resize((THUMBNAIL_SIDE, THUMBNAIL_SIDE), Image.Resampling.BOX)
     except Exception:  # Each format raises others; a sample that cannot be read is a problem of its own
         return None
     return np.asarray(small, np.float32).ravel()

@@ -188,20 +188,20 @@ class _UnitSums:
         if not all(models) or not all(metric.outcomes for metrics in models for metric in metrics):
             raise ValueError("metrics: got none, or one without outcomes, allowed: at least one, each with outcomes")
         # Unpaired items would make the difference of two models meaningless.
-        first = models[0][0]
+        reference = models[0][0]
         for metrics in models:
             for metric in metrics:
-                _require_same_items(first, metric)
-        unit_ids = dict.fromkeys(outcome.unit for outcome in first.outcomes)
-        group_ids = dict.fromkeys(outcome.group for outcome in first.outcomes)
+                _require_same_items(reference, metric)
+        unit_ids = dict.fromkeys(outcome.unit for outcome in reference.outcomes)
+        group_ids = dict.fromkeys(outcome.group for outcome in reference.outcomes)
         # dict.fromkeys has a fixed order, unlike a set, so the same seed gives the same draws.
         units = {unit: index for index, unit in enumerate(unit_ids)}
         groups = {group: index for index, group in enumerate(group_ids)}
-        self.weight = first.weight
+        self.weight = reference.weight
         self.counts = np.zeros((len(units), len(groups)))
         self.sums = np.zeros((len(models), *self.counts.shape))
-        # All metrics have the same items, so the first has the counts of all.
-        for group, unit, _ in first.outcomes:
+        # All metrics have the same items, so one has the counts of all.
+        for group, unit, _ in reference.outcomes:
             self.counts[units[unit], groups[group]] += 1
         for sums, metrics in zip(self.sums, models, strict=True):
             for metric in metrics:

@@ -131,12 +131,14 @@ class TaskSettings:
         if self.limit and self.exclude_first:
             raise ValueError(f"exclude_first: got {self.exclude_first} besides limit, allowed: one of the two")
         sources = {"file": self.file, "held_out": self.held_out, "files": self.files}
-        first, *others = [name for name, value in sources.items() if value] or [""]
-        if others:
-            raise ValueError(f"{first}: got {sources[first]} besides {others[0]}, allowed: one of the two")
+        source, *further_sources = [name for name, value in sources.items() if value] or [""]
+        if further_sources:
+            raise ValueError(f"{source}: got {sources[source]} besides {further_sources[0]}, allowed: one of the two")
         if self.is_custom != (self.metric is not None):
-            given, missing = (first, "metric") if self.is_custom else ("metric", "file")
-            raise ValueError(f"{missing}: got null besides {given}, allowed: file and metric, or held_out and metric")
+            set_key, null_key = (source, "metric") if self.is_custom else ("metric", "file")
+            raise ValueError(
+                f"{null_key}: got null besides {set_key}, allowed: file and metric, or held_out and metric"
+            )
         if self.held_out:
             self._check_held_out()
 
@@ -234,8 +236,8 @@ def _resolve_image(folder: ImageFolder, path: str) -> str:
     candidates, _ = folder.list_candidates(path)
     if not candidates:
         raise ValueError(f"got image {path!r}, which leads out of {folder.url}, allowed: a path below this folder")
-    found = (name for name in candidates if folder.is_local and os.path.isfile(os.path.join(folder.roots[0], name)))
-    return next(found, candidates[0])
+    existing = (name for name in candidates if folder.is_local and os.path.isfile(os.path.join(folder.roots[0], name)))
+    return next(existing, candidates[0])
 
 
 CUSTOM_TASK = Task(_load_custom, compute_custom_metrics, CUSTOM_TOKENS)

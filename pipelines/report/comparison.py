@@ -105,7 +105,7 @@ def render(
     by_key = {table.key: table for table in tables}
     # Plots find their columns in whole tables; the page shows what is filled.
     filled_tables = [filled for table in tables if (filled := keep_filled(table)).blocks]
-    rows = [row for table in filled_tables for of_family in table.blocks.values() for row in of_family]
+    rows = [row for table in filled_tables for family_rows in table.blocks.values() for row in family_rows]
     return page.render(
         "tables.html.j2",
         summary=write_summary(tables),
@@ -120,7 +120,7 @@ def render(
         has_paper_rows=any(row.source == "paper" for row in rows),
         tradeoffs=_plot_tradeoffs(by_key["models"]),
         ratio_plots={key: _plot_ratios(by_key[key]) for key in ("figure-2", "ratios")},
-        prompts={label: of_family for label, of_family in prompts.items() if of_family},
+        prompts={label: compared for label, compared in prompts.items() if compared},
         notes=notes,
     )
 

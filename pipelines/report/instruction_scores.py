@@ -25,7 +25,7 @@ def list_taught(job: Mapping[str, Any]) -> frozenset[str]:
         job: content of a job file.
     """
     data = [stage["data"] for stage in (job.get("train") or {}).values()]
-    sets = {name for of_stage in data for name in ([of_stage] if isinstance(of_stage, str) else of_stage)}
+    sets = {name for mixture in data for name in ([mixture] if isinstance(mixture, str) else mixture)}
     return frozenset(id for name in sets for id in INSTRUCTIONS_BY_SET.get(name, ()))
 
 
@@ -60,4 +60,4 @@ def add_split_metrics(
         jobs: the job that trained each run.
     """
     taught = frozenset(id for job in jobs for id in list_taught(job))
-    return [{**of_run, **split_by_teaching(of_run, taught)} for of_run in metrics]
+    return [{**run_metrics, **split_by_teaching(run_metrics, taught)} for run_metrics in metrics]

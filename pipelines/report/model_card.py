@@ -17,6 +17,7 @@ from typing import Any, Literal, NamedTuple
 import yaml
 
 from pipelines.core import jsonl
+from pipelines.core.words import pluralize
 from pipelines.data.easy_vqa import EASY_VQA_SETS
 from pipelines.data.shard_index import Shards, is_finished
 from pipelines.evaluation.statistics import Difference, Interval, bootstrap_difference, bootstrap_interval
@@ -25,9 +26,9 @@ from pipelines.report.columns import BENCHMARK_COLUMNS
 from pipelines.report.cost_section import TEXT_TOKENS, CostLine, compare_cost
 from pipelines.report.environment import ENVIRONMENT_FILE, read_versions
 from pipelines.report.page import format_duration, format_number
-from pipelines.report.runs import FindScorer, FinishedRun
+from pipelines.report.runs import FinishedRun, ScorerFinder
 from pipelines.training import ledger
-from pipelines.training.files import JOB_FILE, METRICS_FILE, RESULT_FILE, SCORES_FILE
+from pipelines.training.files import JOB_FILE, METRICS_FILE, is_finished_run
 from redux.benchmarks import Metric
 from redux.configuration import ReduxConfig
 from redux.hub import is_hub_id
@@ -93,7 +94,7 @@ class CardDifference(NamedTuple):
     is_noise: bool
 
 
-def render_card(model: ExportedModel, find_scorer: FindScorer) -> str:
+def render_card(model: ExportedModel, find_scorer: ScorerFinder) -> str:
     """Render the card.
 
     Args:
@@ -110,7 +111,7 @@ def render_card(model: ExportedModel, find_scorer: FindScorer) -> str:
     job, config = run.job, model.config
     stages = _select_stages(job, model.stage)
     # Scores of another checkpoint of the run say nothing about this model.
-    cmai_off = find_cmai_off(run, model, find_scorer) if model.is_last else None
+    cmai_off = find_run_without_cmai(run, model, find_scorer) if model.is_last else None
     # Markdown needs no HTML escapes; `cell` keeps a text inside its cell of a table.
     environment = jinja2.Environment(
         loader=jinja2.FileSystemLoader(Path(__file__).parents[1] / "templates"),
@@ -174,8 +175,8 @@ def write_front_matter(model: ExportedModel, job: Mapping[str, Any], stages: Map
         "datasets": list(datasets) or None,
         "tags": ["llava", "redux", *(name for name in METHODS if getattr(model.config, name))],
     }
-    kept = {name: value for name, value in fields.items() if value}
-    return f"---\n{yaml.safe_dump(kept, sort_keys=False, allow_unicode=True)}---\n"
+    metadata = {name: value for name, value in fields.items() if value}
+    return f"---\n{yaml.safe_dump(metadata, sort_keys=False, allow_unicode=True)}---\n"
 
 
 def write_vllm_command(folder: str, config: ReduxConfig) -> str:
@@ -217,14 +218,13 @@ def list_differences(ours: Mapping[str, Metric], base: Mapping[str, Metric]) -> 
         )
 
 
-def find_cmai_off(run: FinishedRun, model: ExportedModel, find_scorer: FindScorer) -> FinishedRun | None:
+def find_run_without_cmai(run: FinishedRun, model: ExportedModel, find_scorer: ScorerFinder) -> FinishedRun | None:
     """Find a run beside this one that evaluated the same model with CMAI off and the other methods unchanged."""
     if not run.methods.cmai:
         return None
-    for path in sorted(run.folder.resolve().parent.glob("*/job.yaml")):
+    for path in sorted(run.folder.resolve().parent.glob(f"*/{JOB_FILE}")):
         folder = path.parent
-        is_finished = (folder / SCORES_FILE).exists() or (folder / RESULT_FILE).exists()
-        if folder == run.folder.resolve() or not is_finished:
+        if folder == run.folder.resolve() or not is_finished_run(folder):
             continue
         # Look at the job before the answers: a folder of runs may hold hundreds.
         checkpoint = (yaml.safe_load(path.read_text(encoding="utf-8")) or {}).get("model", {}).get("checkpoint")
@@ -232,8 +232,8 @@ def find_cmai_off(run: FinishedRun, model: ExportedModel, find_scorer: FindScore
             continue
         other = runs.read_run(folder, find_scorer)
         # VMTC must be as in this run, or the difference would be that of both.
-        others = {name: value for name, value in other.methods.methods.items() if name != "cmai"}
-        if not other.methods.cmai and all(run.methods.methods[name] == value for name, value in others.items()):
+        other_methods = {name: value for name, value in other.methods.methods.items() if name != "cmai"}
+        if not other.methods.cmai and all(run.methods.methods[name] == value for name, value in other_methods.items()):
             return other
     return None
 
@@ -270,7 +270,7 @@ def describe_code(run: Path) -> str:
 def describe_machine(run: Path, workers: int) -> str:
     """Describe the machines of the run; without a record, the number of workers."""
     entries = jsonl.read(run / ENVIRONMENT_FILE)
-    described = f"{workers} {'worker' if workers == 1 else 'workers'}"
+    described = pluralize(workers, "worker")
     if not entries:
         return described
     # Names of GPUs say more than the processor beside them.
@@ -327,7 +327,7 @@ def _list_data(run: FinishedRun, model: ExportedModel, stages: Mapping[str, Any]
     for stage_name, stage in stages.items():
         # An exported checkpoint may be older than the last step of its stage.
         limit = model.step if stage_name == model.stage else None
-        seen = sum(
+        num_samples = sum(
             row.get("samples") or 0
             for row in steps
             if row["stage"] == stage_name and (limit is None or row["step"] <= limit)
@@ -340,7 +340,7 @@ def _list_data(run: FinishedRun, model: ExportedModel, stages: Mapping[str, Any]
                 "name": f"{name} ({source})" if source and name in EASY_VQA_SETS else name,
                 "share": f"{share / total:.0%}",
                 "samples": _count_samples(model.sets.get(name)),
-                "seen": f"{seen:,.0f}",
+                "seen": f"{num_samples:,.0f}",
             }
 
 
@@ -360,13 +360,13 @@ def _describe_stage(run: Path, name: str, stage: Mapping[str, Any]) -> dict[str,
         f"{part}{adapters if part == 'language' else ''} {rate:g}" for part, rate in stage["learning_rate"].items()
     ]
     is_language = stage["objective"] == "language"
-    length = f"{stage['steps']:,}" if stage.get("steps") else f"{stage['epochs']:g} epochs"
+    duration = f"{stage['steps']:,}" if stage.get("steps") else f"{stage['epochs']:g} epochs"
     # An epoch has as many steps as the samples give, which the metrics have counted.
-    done = len({row["step"] for row in jsonl.read(run / METRICS_FILE) if row["stage"] == name})
+    num_steps = len({row["step"] for row in jsonl.read(run / METRICS_FILE) if row["stage"] == name})
     return {
         "name": name,
         "rates": ", ".join(rates),
-        "steps": f"{done:,} ({stage['epochs']:g} epochs)" if stage.get("epochs") and done else length,
+        "steps": f"{num_steps:,} ({stage['epochs']:g} epochs)" if stage.get("epochs") and num_steps else duration,
         "batch": str(stage["global_batch_size"]),
         "template": str(stage.get("template") or "") if is_language else "contrastive, captions",
         "precision": str(stage.get("precision", "fp32")),

@@ -47,7 +47,8 @@ if TYPE_CHECKING:
     from redux.trace import ImageTrace
 
 STAGE_TITLES = {"tower": "Image tower", "pretrain": "Pretraining", "instruct": "Instruction tuning"}
-# Parts of the wall time by their name in the ledger: title, colour and opacity.
+"""Titles of the stages of the recipes; other stages have their name."""
+
 TIME_PARTS = {
     "productive": ("computing", "good", 1.0),
     "evaluation": ("evaluating", "accent", 1.0),
@@ -59,10 +60,15 @@ TIME_PARTS = {
     "lost": ("repeated steps", "bad", 1.0),
     "outside": ("before and after training", "faint", 0.15),
 }
+"""Parts of the wall time by their name in the ledger: title, colour and opacity."""
+
 REPORT_FILE = "report.html"
+
 PATCH_IMAGES = 4
 """Images of a task whose patches are shown."""
+
 CAPTION_LENGTH = 500
+"""Longest caption of a picture for a tracker, in characters."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -269,8 +275,8 @@ def _collect_training(run: Path, job: str) -> dict[str, Any]:
 
 def _read_start(run: Path) -> str:
     """Read when the first stage began, for a run without a record of its environment."""
-    first = next(iter(jsonl.read(run / ledger.LEDGER_FILE)), {})
-    return environment.format_time(first["at"]) if "at" in first else ""
+    first_event = next(iter(jsonl.read(run / ledger.LEDGER_FILE)), {})
+    return environment.format_time(first_event["at"]) if "at" in first_event else ""
 
 
 def _compare_cost(model: ReportedModel | None) -> CostComparison | None:
@@ -300,10 +306,10 @@ def _list_next_steps(
         for judged in result.rows[:1]
     )
     return list_next_steps(
-        run,
-        _parse_job(job),
-        model.path if model and model.config else None,
-        (run / RESULT_FILE).exists(),
+        run=run,
+        job=_parse_job(job),
+        model=model.path if model and model.config else None,
+        is_finished=(run / RESULT_FILE).exists(),
         has_cmai=bool(model and model.config and model.config.method_settings("cmai")),
         has_method=bool(cost and cost.has_method),
         sample=next(filter(None, samples), None),
@@ -336,9 +342,9 @@ def _sum_throughput(stage: str, rows: Sequence[Mapping[str, Any]], loop: LoopTim
 
 
 def _split_wall_time(metrics: Mapping[str, float], wall_s: float | None) -> list[tuple[str, float]]:
-    """List the seconds of each step of the job ("wall_s.tower"), and the seconds between steps."""
+    """List the seconds of each phase of the job ("wall_s.tower"), and the seconds between phases."""
     prefix = "wall_s."
-    # Time outside the steps is shown from half a second on.
+    # Time outside the phases is shown from half a second on.
     spans = [(name.removeprefix(prefix), seconds) for name, seconds in metrics.items() if name.startswith(prefix)]
     unassigned_s = (wall_s or 0.0) - sum(seconds for _, seconds in spans)
     return [*spans, ("between steps", unassigned_s)] if spans and unassigned_s >= 0.5 else spans
@@ -386,10 +392,10 @@ def _plot_loss(stage: str, rows: Sequence[Mapping[str, Any]]) -> LossPlot:
         axes.plot(step, loss, color=ACCENT, linewidth=0.6, alpha=0.4)
         axes.plot(step, smoothed, color=ACCENT, linewidth=1.8, marker=marker, markersize=4)
         validated = _read_column(rows, VALIDATION_LOSS)
-        shown = np.isfinite(validated)
+        has_validation = np.isfinite(validated)
         label = f"{name}: loss over {len(rows)} steps, at the end {format_number(last)}"
-        if shown.any():
-            points = (step[shown], validated[shown])
+        if has_validation.any():
+            points = (step[has_validation], validated[has_validation])
             axes.plot(*points, color=INK, linewidth=1, linestyle="--", marker="o", markersize=3, label="validation")
             axes.legend(frameon=False, fontsize=8, loc="lower left")
             label += f"; validation loss {format_number(float(points[1][-1]))}"
@@ -480,8 +486,8 @@ def _collect_patches(
             with contextlib.suppress(ValueError):  # Not an image that can be read
                 pictures.append(Picture(title, _write_caption(judged), make_thumbnail(image)))
         return Patches(pictures=pictures, problem=problem)
-    drawn = [_draw_panel(title, judged, trace) for (title, judged, _), trace in zip(selected, traces, strict=True)]
-    return Patches([panel for panel, _ in drawn], [picture for _, picture in drawn])
+    panels = [_draw_panel(title, judged, trace) for (title, judged, _), trace in zip(selected, traces, strict=True)]
+    return Patches([panel for panel, _ in panels], [picture for _, picture in panels])
 
 
 def _draw_panel(title: str, judged: JudgedRow, trace: ImageTrace) -> tuple[PatchPanel, Picture]:
@@ -515,6 +521,6 @@ def _draw_panel(title: str, judged: JudgedRow, trace: ImageTrace) -> tuple[Patch
 
 def _write_caption(judged: JudgedRow) -> str:
     row = judged.row
-    return f"{row.get('prompt', '')} Response: {row.get('response', '')} Reference: {', '.join(judged.references)}"[
-        :500
-    ]
+    references = ", ".join(judged.references)
+    text = f"{row.get('prompt', '')} Response: {row.get('response', '')} Reference: {references}"
+    return text[:CAPTION_LENGTH]

@@ -29,7 +29,9 @@ from pipelines.training.files import (
     METRICS_FILE,
     RESULT_FILE,
     SCORES_FILE,
+    STUDY_FILE,
     is_complete,
+    is_finished_run,
     list_stage_models,
 )
 from redux.benchmarks import Metric, Row
@@ -57,7 +59,7 @@ CLIP_BLOCKS = 23
 Scorer = Callable[[Sequence[Row]], dict[str, Metric]]
 """Function from answered questions to metrics."""
 
-FindScorer = Callable[[str], Scorer | None]
+ScorerFinder = Callable[[str], Scorer | None]
 """Function that finds the scorer of a task by its name; None if the answers are ignored."""
 
 
@@ -238,7 +240,7 @@ def count_remaining_tokens(methods: Preset, patches: int = CLIP_PATCHES, blocks:
     return methods.vmtc.count_tokens_left(patches, blocks) if methods.vmtc else patches
 
 
-def read_finished_runs(paths: Sequence[Path], find_scorer: FindScorer) -> tuple[list[FinishedRun], list[str]]:
+def read_finished_runs(paths: Sequence[Path], find_scorer: ScorerFinder) -> tuple[list[FinishedRun], list[str]]:
     """Read the finished runs and score their answers.
 
     Args:
@@ -254,7 +256,7 @@ def read_finished_runs(paths: Sequence[Path], find_scorer: FindScorer) -> tuple[
     notes: list[str] = []
     runs: list[FinishedRun] = []
     for folder in dict.fromkeys(folder for path in paths for folder in _find_run_folders(path)):
-        if (folder / SCORES_FILE).exists() or (folder / RESULT_FILE).exists():
+        if is_finished_run(folder):
             runs.append(read_run(folder, find_scorer))
         else:
             notes.append(f"{folder} is not finished and is left out.")
@@ -264,19 +266,7 @@ def read_finished_runs(paths: Sequence[Path], find_scorer: FindScorer) -> tuple[
             f"runs: found none that is finished, allowed: folders with job.yaml and metrics.json at {searched}"
         )
     metrics = add_split_metrics([run.metrics for run in runs], [run.source_job for run in runs])
-    return [replace(run, metrics=of_run) for run, of_run in zip(runs, metrics, strict=True)], notes
-
-
-def find_families(paths: Sequence[Path], find_scorer: FindScorer) -> tuple[list[Family], list[str]]:
-    """Find the finished runs and group them into families.
-
-    Arguments and errors are those of `read_finished_runs`.
-
-    Returns:
-        The families, and notes about runs that are left out.
-    """
-    runs, notes = read_finished_runs(paths, find_scorer)
-    return group_families(runs, notes), notes
+    return [replace(run, metrics=run_metrics) for run, run_metrics in zip(runs, metrics, strict=True)], notes
 
 
 def group_families(runs: Sequence[FinishedRun], notes: list[str]) -> list[Family]:
@@ -314,24 +304,25 @@ def _read_tasks(run: FinishedRun) -> Any:
 def _find_run_folders(path: Path) -> list[Path]:
     if (path / JOB_FILE).exists():
         return [path]
-    files = [file for pattern in ("*/job.yaml", "*/*/job.yaml") for file in sorted(path.glob(pattern))]
+    files = [file for pattern in (f"*/{JOB_FILE}", f"*/*/{JOB_FILE}") for file in sorted(path.glob(pattern))]
     # The shared stages of a study are not evaluated.
     return [
         file.parent
         for file in files
-        if not (file.parent.name == "shared" and (file.parent.parent / "study.yaml").exists())
+        if not (file.parent.name == "shared" and (file.parent.parent / STUDY_FILE).exists())
     ]
 
 
-def read_run(folder: Path, find_scorer: FindScorer) -> FinishedRun:
+def read_run(folder: Path, find_scorer: ScorerFinder) -> FinishedRun:
     """Read a run folder and score its answers."""
-    # Numbers of metrics.json replace those of scores.json.
-    job = _rebase(_read_job(folder / JOB_FILE), folder)
+    job = _relocate_paths(_read_job(folder / JOB_FILE), folder)
     numbers: dict[str, float] = {}
-    for name in (SCORES_FILE, "metrics.json"):
+    # Numbers of metrics.json replace those of scores.json.
+    for name in (SCORES_FILE, RESULT_FILE):
         if (folder / name).exists():
             numbers |= _read_json(folder / name)
     metrics: dict[str, Metric] = {}
+    # The file of a task has its name; files without a scorer, such as those of the speed, are ignored.
     for path in sorted((folder / ANSWERS_FOLDER).glob("*.jsonl")):
         if scorer := find_scorer(path.stem):
             try:
@@ -373,7 +364,7 @@ def _read_job(path: Path) -> dict[str, Any]:
     return job
 
 
-def _rebase(job: dict[str, Any], folder: Path) -> dict[str, Any]:
+def _relocate_paths(job: dict[str, Any], folder: Path) -> dict[str, Any]:
     """Replace the folder in which a run was made by the one in which it is, in all paths of its job.
 
     Runs of a study are copied into one folder from several machines. Their checkpoint is that of a run beside them.
@@ -382,13 +373,16 @@ def _rebase(job: dict[str, Any], folder: Path) -> dict[str, Any]:
     if not isinstance(checkpoint, str) or Path(checkpoint).exists():
         return job
     # The run of the checkpoint lies beside this one, under another path than in the job.
-    here = folder.resolve().parent
-    before = next((parent.parent for parent in Path(checkpoint).parents if _is_run_folder(here / parent.name)), None)
-    if before is None:
+    current_parent = folder.resolve().parent
+    former_parent = next(
+        (path.parent for path in Path(checkpoint).parents if _is_run_folder(current_parent / path.name)), None
+    )
+    if former_parent is None:
         return job
-    # Paths of sets and checkpoints all begin with the former folder.
-    text = json.dumps(job).replace(json.dumps(f"{before}/")[:-1], json.dumps(f"{here}/")[:-1])
-    return dict(json.loads(text))
+    # Paths of sets and checkpoints all begin with the former folder. Without the closing quotation mark, its JSON text
+    # is a prefix of theirs.
+    former_prefix, current_prefix = (json.dumps(f"{parent}/")[:-1] for parent in (former_parent, current_parent))
+    return dict(json.loads(json.dumps(job).replace(former_prefix, current_prefix)))
 
 
 def _find_source_job(job: dict[str, Any]) -> dict[str, Any]:
@@ -409,19 +403,20 @@ def _find_source_job(job: dict[str, Any]) -> dict[str, Any]:
 
 
 def _is_run_folder(folder: Path) -> bool:
-    """Tell if a folder is that of a run, and not a folder in which a user keeps a job file."""
+    """Return True if a folder is that of a run, and not a folder in which a user keeps a job file."""
     has_record = (folder / METRICS_FILE).exists() or (folder / RESULT_FILE).exists()
     return has_record and (folder / JOB_FILE).exists()
 
 
 def _read_methods(job: Mapping[str, Any]) -> dict[str, Any]:
     """Read the method settings of a job; None for a method that the checkpoint decides."""
-    return {name: None if (value := job["model"].get(name)) == "checkpoint" else value for name in METHODS}
+    settings = {name: job["model"].get(name) for name in METHODS}
+    return {name: None if value == "checkpoint" else value for name, value in settings.items()}
 
 
 def _read_saved_methods(job: Mapping[str, Any]) -> dict[str, Any] | None:
     """Read the methods in the configuration of a checkpoint; None if it is not a local folder of a LLaVA."""
-    path = Path(str(job["model"].get("checkpoint"))) / "config.json"
+    path = Path(str(job["model"].get("checkpoint"))) / CONFIG_FILE
     try:
         config = json.loads(path.read_text(encoding="utf-8"))
     except (OSError, ValueError):
@@ -431,7 +426,7 @@ def _read_saved_methods(job: Mapping[str, Any]) -> dict[str, Any] | None:
     return {name: config.get(name) for name in METHODS}
 
 
-def make_preset(methods: Mapping[str, Any], shows: str = "") -> Preset:
+def make_preset(methods: Mapping[str, Any], description: str = "") -> Preset:
     """Make a preset from method settings as a YAML or JSON file has them."""
     arguments = {}
     for name, settings_class in METHODS.items():
@@ -439,7 +434,7 @@ def make_preset(methods: Mapping[str, Any], shows: str = "") -> Preset:
         if values is not None:
             values = {key: tuple(value) if isinstance(value, list) else value for key, value in values.items()}
         arguments[name] = None if values is None else settings_class(**values)
-    return Preset(description=shows, **arguments)
+    return Preset(description=description, **arguments)
 
 
 def family_settings(source_job: Mapping[str, Any], job: Mapping[str, Any]) -> dict[str, Any]:
@@ -462,13 +457,13 @@ def _group_seeds(family: Sequence[FinishedRun], notes: list[str]) -> Iterator[Co
             seeds[run.seed] = run
     for seeds in by_settings.values():
         runs = tuple(seeds[seed] for seed in sorted(seeds))
-        first = runs[0]
+        first_run = runs[0]
         yield ComparedModel(
             runs=runs,
-            methods=first.methods,
-            trained_with=first.trained_with,
-            uses_captions=first.uses_captions,
-            is_foreign=first.is_foreign,
+            methods=first_run.methods,
+            trained_with=first_run.trained_with,
+            uses_captions=first_run.uses_captions,
+            is_foreign=first_run.is_foreign,
         )
 
 
@@ -485,15 +480,15 @@ def _make_labels(keys: Sequence[str]) -> Iterator[str]:
         for name in settings
         if not name.startswith("train.") or name.split(".")[1] in common
     )
-    sizes_differ = len(set(sizes)) == len(sizes)  # Then other settings of the model add nothing
+    all_sizes_differ = len(set(sizes)) == len(sizes)  # Then other settings of the model add nothing
     differing = [
         name
         for name in names
         if len({json.dumps(settings.get(name)) for settings in families}) > 1
-        and not (sizes_differ and name.startswith("model."))
+        and not (all_sizes_differ and name.startswith("model."))
     ]
-    for size, settings, of_family in zip(sizes, families, stages, strict=True):
-        trained = [f"stages {' and '.join(of_family)}"] if len({*map(tuple, stages)}) > 1 else []
+    for size, settings, stage_names in zip(sizes, families, stages, strict=True):
+        trained = [f"stages {' and '.join(stage_names)}"] if len({*map(tuple, stages)}) > 1 else []
         yield ", ".join([size, *trained, *(f"{name} = {json.dumps(settings.get(name))}" for name in differing)])
 
 

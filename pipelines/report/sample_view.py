@@ -331,36 +331,42 @@ def _view_conversation(
 ) -> tuple[TokenSpan, ...]:
     """Divide a conversation into spans, also that of an unusable sample, which is not encoded."""
     tokenizer: Any = reader.get_tokenizer()
-    text, whole = label_conversation(tokenizer, turns, template, image_tokens)
-    labels, kept = whole.labels, min(len(whole.ids), max_length or len(whole.ids))
+    text, tokens = label_conversation(tokenizer, turns, template, image_tokens)
+    labels = tokens.labels
+    num_kept = min(len(tokens.ids), max_length or len(tokens.ids))
     if encoded is not None:
         # Ids and labels are those that a worker gets; only what is cut off comes from the whole conversation.
-        kept = len(encoded["input_ids"])
-        if (encoded["input_ids"] != whole.ids[:kept]).any():
+        num_kept = len(encoded["input_ids"])
+        if (encoded["input_ids"] != tokens.ids[:num_kept]).any():
             raise RuntimeError("a sample has other tokens than the beginning of its conversation")
-        labels = np.concatenate([encoded["labels"], whole.labels[kept:]])
+        labels = np.concatenate([encoded["labels"], tokens.labels[num_kept:]])
     # The image of an answer is not a prediction, so it is told apart by its id.
     image_id = tokenizer.convert_tokens_to_ids(IMAGE_TOKEN)
-    kinds: list[SpanKind] = [
-        "image" if token == image_id else "context" if label == IGNORE_INDEX else "learned"
-        for token, label in zip(whole.ids, labels, strict=True)
-    ]
-    return join_spans(name_tokens(tokenizer, text, whole.ids, whole.start, whole.end), kinds, kept)
+    kinds = [_find_kind(token, label, image_id) for token, label in zip(tokens.ids, labels, strict=True)]
+    return join_spans(name_tokens(tokenizer, text, tokens.ids, tokens.start, tokens.end), kinds, num_kept)
+
+
+def _find_kind(token: int, label: int, image_id: int) -> SpanKind:
+    """Find the kind of a token of a conversation."""
+    if token == image_id:
+        return "image"
+    return "context" if label == IGNORE_INDEX else "learned"
 
 
 def _view_caption(reader: Reader, sample: StoredSample, encoded: TextRow | None) -> tuple[TokenSpan, ...]:
     """Divide the caption of a contrastive stage into spans."""
     tokenizer: Any = reader.get_tokenizer()
     text = get_caption(sample)
-    whole = tokenizer(text, return_offsets_mapping=True)
-    start, end = np.array(whole["offset_mapping"], np.int64).reshape(-1, 2).T
-    ids, kept = np.array(whole["input_ids"], np.int64), len(whole["input_ids"])
+    tokens = tokenizer(text, return_offsets_mapping=True)
+    start, end = np.array(tokens["offset_mapping"], np.int64).reshape(-1, 2).T
+    ids = np.array(tokens["input_ids"], np.int64)
+    num_kept = len(ids)
     if encoded is not None:
         # The encoder puts the end token where it cuts the caption; it has no characters.
-        kept = len(encoded["input_ids"])
-        ids = np.concatenate([encoded["input_ids"], ids[kept - 1 :]])
-        start, end = (np.insert(column, kept - 1, len(text)) for column in (start, end))
-    return join_spans(name_tokens(tokenizer, text, ids, start, end), ["caption"] * len(ids), kept)
+        num_kept = len(encoded["input_ids"])
+        ids = np.concatenate([encoded["input_ids"], ids[num_kept - 1 :]])
+        start, end = (np.insert(column, num_kept - 1, len(text)) for column in (start, end))
+    return join_spans(name_tokens(tokenizer, text, ids, start, end), ["caption"] * len(ids), num_kept)
 
 
 def name_tokens(
@@ -379,16 +385,16 @@ def name_tokens(
     else:
         find_name, special_ids = tokenizer.convert_ids_to_tokens, set(tokenizer.all_special_ids)
     result = list[ShownToken]()
-    reached = 0
+    shown_end = 0
     for position, (token, first, last) in enumerate(zip(ids.tolist(), start.tolist(), end.tolist(), strict=True)):
         # Blanks before a token that the tokenizer drops are shown with the token.
-        gap = text[reached:first]
+        gap = text[shown_end:first]
         characters = (gap if gap.isspace() else "") + text[first:last]
         if text[first:last] == IMAGE_TOKEN:
             shown = ShownToken(IMAGE_TOKEN, token, position, True)
         elif first == last:
             shown = ShownToken(find_name(token) or f"<{token}>", token, position, True)
-        elif last <= reached:
+        elif last <= shown_end:
             # Several tokens of one character, such as the bytes of an emoji, have the same characters.
             shown = ShownToken(CONTINUED, token, position, True)
         else:
@@ -396,25 +402,29 @@ def name_tokens(
             is_unknown = token == tokenizer.unk_token_id
             is_special = token in special_ids and not is_unknown
             shown = ShownToken(characters, token, position, is_special, is_unknown)
-        reached = max(reached, last)
+        shown_end = max(shown_end, last)
         result.append(shown)
     return result
 
 
-def join_spans(tokens: Sequence[ShownToken], kinds: Sequence[SpanKind], kept: int) -> tuple[TokenSpan, ...]:
+def join_spans(tokens: Sequence[ShownToken], kinds: Sequence[SpanKind], num_kept: int) -> tuple[TokenSpan, ...]:
     """Join neighbouring tokens of one kind.
 
     Args:
         tokens: all tokens.
         kinds: kind of each of them.
-        kept: number of tokens before the cut.
+        num_kept: number of tokens before the cut.
     """
-    keys = [(kind, position >= kept) for position, kind in enumerate(kinds)]
+    keys = [(kind, position >= num_kept) for position, kind in enumerate(kinds)]
     spans = []
     for (kind, is_cut), group in itertools.groupby(range(len(tokens)), keys.__getitem__):
         positions = list(group)
+        limit = len(positions)
         # All tokens of an image are alike, and what is cut off may be long.
-        limit = 1 if kind == "image" else MAX_CUT_TOKENS if is_cut else len(positions)
+        if kind == "image":
+            limit = 1
+        elif is_cut:
+            limit = MAX_CUT_TOKENS
         shown = tuple(tokens[position] for position in positions[:limit])
         spans.append(TokenSpan(kind, is_cut, shown, positions[0], len(positions)))
     return tuple(spans)
@@ -429,22 +439,23 @@ def _list_notes(sample: PreviewSample, reader: Reader) -> tuple[str, ...]:
             notes.append("mirrored")
     # Rounds that were left out are in the stored record only.
     if sample.stored and sample.prepared:
-        stored, used = (len(found.record["conversations"]) // 2 for found in (sample.stored, sample.prepared))
+        versions = (sample.stored, sample.prepared)
+        num_stored, num_drawn = (len(version.record["conversations"]) // 2 for version in versions)
         if reader.max_rounds:
-            notes.append(f"{used} of {stored} rounds drawn")
+            notes.append(f"{num_drawn} of {num_stored} rounds drawn")
     return tuple(notes)
 
 
 def _is_mirrored(stored: StoredSample, image: UInt8[np.ndarray, "height width 3"], reader: Reader) -> bool:
-    """Tell if the reader has mirrored an image. It does not say so, but another reader that never does shows it."""
+    """Return True if the reader has mirrored an image, as another reader that never does shows."""
     _, unflipped = replace(reader, random_flip=False, max_rounds=None).prepare_sample(stored, 0)
     return unflipped is not None and not np.array_equal(image, unflipped)
 
 
 def _describe_resizing(stored: bytes, image: Image.Image) -> str:
     """Describe the sizes of an image before and after."""
-    with Image.open(io.BytesIO(stored)) as opened:
-        kind, (width, height) = opened.format, opened.size
+    with Image.open(io.BytesIO(stored)) as decoder:
+        kind, (width, height) = decoder.format, decoder.size
     text = f"{kind} of {width} × {height} pixels"
     return text if (width, height) == image.size else f"{text}, as {image.width} × {image.height}"
 
@@ -508,10 +519,14 @@ def _format_span(span: TokenSpan, has_colours: bool) -> Iterator[str]:
 
 def _escape_controls(text: str) -> str:
     """Escape characters that a terminal would obey instead of showing them; line feeds and blanks stay."""
-    return "".join(
-        char if char.isprintable() or char in "\n\t\u200d" else char.encode("unicode_escape", "replace").decode()
-        for char in text
-    )
+    return "".join(map(_escape_control, text))
+
+
+def _escape_control(character: str) -> str:
+    # U+200D joins the characters of an emoji.
+    if character.isprintable() or character in "\n\t\u200d":
+        return character
+    return character.encode("unicode_escape", "replace").decode()
 
 
 # --- as a page -------------------------------------------------------------------------------------------------------
@@ -527,16 +542,16 @@ def encode_exactly(image: Image.Image) -> str:
 def render_page(title: str, lead: str, stages: Sequence[StageView]) -> str:
     """Render the page: one file without scripts that needs no network."""
     # The legend explains what occurs in this page.
-    samples = [sample for stage in stages for shown in stage.sets for sample in shown.samples]
-    used = {"cut" if span.is_cut else span.kind for sample in samples for span in sample.spans}
+    samples = [sample for stage in stages for set_view in stage.sets for sample in set_view.samples]
+    used_kinds = {"cut" if span.is_cut else span.kind for sample in samples for span in sample.spans}
     if any(token.is_unknown for sample in samples for span in sample.spans for token in span.tokens):
-        used.add("unknown")
+        used_kinds.add("unknown")
     return page.render(
         "look.html.j2",
         title=title,
         lead=lead,
         stages=stages,
-        kinds=[(kind, text) for kind, text in KINDS.items() if kind in used],
+        kinds=[(kind, text) for kind, text in KINDS.items() if kind in used_kinds],
         has_pictures=any(sample.picture for sample in samples),
         encode=page.encode_image,
         encode_exact=encode_exactly,

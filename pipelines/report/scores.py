@@ -18,6 +18,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from pipelines.core import jsonl
+from pipelines.core.words import pluralize
 from pipelines.evaluation.answer_files import ANSWERS_FOLDER, find_partial_file
 from pipelines.evaluation.statistics import Interval, bootstrap_interval
 from pipelines.evaluation.tasks import RESERVED_NAMES, find_task
@@ -227,7 +228,7 @@ def describe_scores(run: Path) -> list[str]:
 
 
 def _describe_score(result: TaskResult) -> str:
-    questions = f"{len(result.rows):,} {'question' if len(result.rows) == 1 else 'questions'}"
+    questions = pluralize(len(result.rows), "question", ",")
     if result.main is None:
         return f"{result.title}: no score of {questions}. {result.problem}"
     factor, unit = (100, " %") if result.main.is_share else (1, "")

@@ -149,7 +149,7 @@ def _name_vmtc_parts(vmtc: VMTC) -> str:
 
 
 def matches(model: ComparedModel, row: TableRow) -> bool:
-    """Tell if a model has the kind of a row and keeps the same share of the tokens."""
+    """Return True if a model has the kind of a row and keeps the same share of the tokens."""
     if row.checkpoint:
         return model.is_foreign and Path(model.checkpoint).name == Path(row.checkpoint).name
     # Rows of the paper are models that were trained with the method.

@@ -18,6 +18,7 @@ from pathlib import Path
 from typing import Any
 
 from pipelines.core import jsonl
+from pipelines.core.words import pluralize
 from pipelines.evaluation import statistics
 from pipelines.evaluation.answer_files import ANSWERS_FOLDER
 from pipelines.evaluation.statistics import Difference, Interval
@@ -200,6 +201,7 @@ def build_tables(families: Sequence[Family], samples: int = 10_000) -> list[Resu
             if set(measures) - set(score_columns)
             else []
         ),
+        # Tables 1 to 5 of the paper.
         *(
             _build_paper_table(key, _add_columns(TABLE_COLUMNS[key], extra), scores, TABLE_ROWS[key], printed)
             for key, printed in paper.TABLES.items()
@@ -226,6 +228,7 @@ def build_tables(families: Sequence[Family], samples: int = 10_000) -> list[Resu
 
 def keep_filled(table: ResultTable) -> ResultTable:
     """Keep the rows and columns with numbers, of families that have a run in the table.
+
     A table of the paper is kept only if a run has a number in one of the paper's columns, since nothing else compares.
     """
     blocks = {}
@@ -246,7 +249,7 @@ def keep_filled(table: ResultTable) -> ResultTable:
 def drop_empty_columns(table: ResultTable) -> ResultTable:
     """Leave out the columns in which no row has a number. A table without any number keeps its columns."""
     rows = [row for rows in table.blocks.values() for row in rows]
-    # A missing row has no cells at all.
+    # Rows without a run have fewer cells than there are columns.
     padded = itertools.zip_longest(table.columns, *(row.cells for row in rows))
     filled = [any(cells) for _, *cells in padded]
     if not any(filled):
@@ -272,8 +275,8 @@ def _build_paper_table(
     printed: paper.PaperTable,
 ) -> ResultTable:
     blocks = {
-        of_family.family.label: [line for row in rows for line in _fill_row(row, of_family, columns, printed)]
-        for of_family in scores
+        family_scores.family.label: [line for row in rows for line in _fill_row(row, family_scores, columns, printed)]
+        for family_scores in scores
     }
     return ResultTable(key, printed.title, columns, blocks, printed.notes)
 
@@ -314,8 +317,7 @@ def _make_row(label: str, model: ComparedModel, scores: FamilyScores, columns: S
     if model.is_foreign:
         return ResultRow(label, "ours", "not trained here", cells)
     # Foreign models have no seeds and another number of tokens.
-    seeds = f"{model.num_seeds} seed" if model.num_seeds == 1 else f"{model.num_seeds} seeds"
-    about = f"{seeds}, {model.num_tokens} of {model.num_patches} tokens"
+    about = f"{pluralize(model.num_seeds, 'seed')}, {model.num_tokens} of {model.num_patches} tokens"
     kind = find_kind(model.methods, model.uses_captions) if model.trained_as_evaluated else None
     return ResultRow(label, "ours", about, cells, kind=kind, removed=removed_share(model))
 
@@ -323,8 +325,8 @@ def _make_row(label: str, model: ComparedModel, scores: FamilyScores, columns: S
 def _describe_options(model: ComparedModel, models: Sequence[ComparedModel]) -> str:
     """Describe the method settings of a model that are not at their defaults and differ from another model."""
 
-    def changed_options(of_model: ComparedModel) -> dict[str, Any]:
-        parts = [(name, part) for name, part in of_model.methods.methods.items() if part]
+    def changed_options(compared: ComparedModel) -> dict[str, Any]:
+        parts = [(name, part) for name, part in compared.methods.methods.items() if part]
         return {f"{name}.{key}": value for name, part in parts for key, value in select_changed_fields(part).items()}
 
     options = changed_options(model)
@@ -354,22 +356,22 @@ def _build_ratio_table(
         kinds: kinds of models in the table, in this order.
     """
     blocks = {}
-    for of_family in scores:
+    for family_scores in scores:
         # Models of the kinds in question, sorted by kind and tokens.
         models = []
-        for model in of_family.family.models:
+        for model in family_scores.family.models:
             kind = find_kind(model.methods, model.uses_captions)
             if model.trained_as_evaluated and kind in kinds:
                 models.append((kinds.index(kind), -model.num_tokens, model))
         models.sort(key=lambda entry: entry[:2])
         # First the models, then the rows without one.
         lines = [
-            _make_row(f"{KIND_TITLES[kinds[index]]}, {removed_share(model):.0%}", model, of_family, columns)
+            _make_row(f"{KIND_TITLES[kinds[index]]}, {removed_share(model):.0%}", model, family_scores, columns)
             for index, _, model in models
         ]
-        filled = [line for row in rows for line in _fill_row(row, of_family, columns, None)]
+        filled = [line for row in rows for line in _fill_row(row, family_scores, columns, None)]
         lines += [line for line in filled if line.source == "missing"]
-        blocks[of_family.family.label] = lines
+        blocks[family_scores.family.label] = lines
     return ResultTable(key, title, columns, blocks)
 
 
@@ -380,10 +382,10 @@ def removed_share(model: ComparedModel) -> float:
 
 def _build_full_table(key: str, title: str, columns: tuple[Column, ...], scores: Sequence[FamilyScores]) -> ResultTable:
     blocks = {}
-    for of_family in scores:
-        family = of_family.family
+    for family_scores in scores:
+        family = family_scores.family
         blocks[family.label] = [
-            _make_row(name_model(model, family), model, of_family, columns) for model in _sort_models(family.models)
+            _make_row(name_model(model, family), model, family_scores, columns) for model in _sort_models(family.models)
         ]
     return ResultTable(key, title, columns, blocks)
 
@@ -411,10 +413,14 @@ def name_model(model: ComparedModel, family: Family) -> str:
     alike = [other for other in family.models if not other.is_foreign and _name_methods(other) == name]
     parts = [name]
     kind = find_kind(model.trained_with, model.uses_captions and model.trained_as_evaluated)
+    is_unique = len(alike) == 1
+    has_unique_tokens = [other.num_tokens for other in alike].count(model.num_tokens) == 1
     # The number of tokens is shorter than the options, if it is enough.
-    if [other.num_tokens for other in alike].count(model.num_tokens) > 1 or (kind is None and len(alike) == 1):
-        parts.append(_describe_options(model, alike if len(alike) > 1 else family.models))
-    elif len(alike) > 1:
+    if is_unique and kind is None:
+        parts.append(_describe_options(model, family.models))
+    elif not has_unique_tokens:
+        parts.append(_describe_options(model, alike))
+    elif not is_unique:
         parts.append(f"{model.num_tokens} tokens")
     return ", ".join(filter(None, parts))
 
@@ -442,16 +448,21 @@ def describe_changes(trained: Preset, applied: Preset) -> list[str]:
     """
     changes = []
     for part, title in METHOD_LABELS.items():
-        before, after = trained.methods[part], applied.methods[part]
-        if before == after:
+        trained_settings, applied_settings = trained.methods[part], applied.methods[part]
+        if trained_settings == applied_settings:
             continue
-        if after is None:
+        if applied_settings is None:
             changes.append(f"{title} off")
             continue
-        values = asdict(after)
-        others = asdict(before) if before else {field.name: field.default for field in fields(after)}
+        values = asdict(applied_settings)
+        # Fields of a method that the training did not have are compared with their defaults.
+        references = (
+            asdict(trained_settings)
+            if trained_settings
+            else {field.name: field.default for field in fields(applied_settings)}
+        )
         # A field at None follows from the others.
-        differing = [f"{key} = {value}" for key, value in values.items() if value not in (None, others[key])]
+        differing = [f"{key} = {value}" for key, value in values.items() if value not in (None, references[key])]
         changes.append(f"{title} ({', '.join(differing)})" if differing else title)
     return changes
 
@@ -483,8 +494,8 @@ def compare_prompts(
     if not answers:
         return []
     # Only prompts that every model has answered.
-    first = next(iter(answers.values()))
-    common = [id for id in first if all(id in rows for rows in answers.values())]
+    first_model_answers = next(iter(answers.values()))
+    common = [id for id in first_model_answers if all(id in rows for rows in answers.values())]
     selected = common[:: max(len(common) // NUM_COMPARED_PROMPTS, 1)][:NUM_COMPARED_PROMPTS]
     prompts = []
     for id in selected:
@@ -492,5 +503,5 @@ def compare_prompts(
         for label, row_by_id in answers.items():
             outcomes = score_instructions([row_by_id[id]])["strict"].outcomes
             responses.append((label, str(row_by_id[id]["response"]), any(outcome.value for outcome in outcomes)))
-        prompts.append(ComparedPrompt(str(first[id]["prompt"]), tuple(responses)))
+        prompts.append(ComparedPrompt(str(first_model_answers[id]["prompt"]), tuple(responses)))
     return prompts

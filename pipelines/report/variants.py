@@ -21,7 +21,7 @@ from pipelines.evaluation.statistics import Difference, Interval
 from pipelines.report.plots import ACCENT, BAD, FAINT, GOOD, INK, STYLE, Plot, shorten_label, style_axes, to_svg
 from pipelines.report.runs import METHOD_KEYS, UNCOMPARED_KEYS, FinishedRun
 from pipelines.report.scores import METRIC_TITLES, find_title
-from pipelines.training.files import METRICS_FILE
+from pipelines.training.files import METRICS_FILE, STUDY_FILE
 from redux.benchmarks import Metric
 from redux.settings import METHODS
 
@@ -39,13 +39,13 @@ class Variant:
 
     Args:
         label: name on the page.
-        short: its name in plots.
+        short_label: its name in plots.
         settings: keys in which variants differ, with the values of this one.
         runs: the runs, by seed.
     """
 
     label: str
-    short: str
+    short_label: str
     settings: str
     runs: tuple[FinishedRun, ...]
 
@@ -125,7 +125,7 @@ def compare_variants(runs: Sequence[FinishedRun], samples: int = 10_000) -> Vari
     drafts = [[_draft_cell(variant, variants[0], source, samples) for source in sources] for variant in variants]
     columns = tuple(_make_column(source, [row[index] for row in drafts]) for index, source in enumerate(sources))
     cells = tuple(
-        tuple(cell and _place(cell, column) for cell, column in zip(row, columns, strict=True)) for row in drafts
+        tuple(cell and _scale_cell(cell, column) for cell, column in zip(row, columns, strict=True)) for row in drafts
     )
     return VariantTable(variants, columns, cells, tuple(_plot_losses(variants)))
 
@@ -136,30 +136,32 @@ def group_variants(runs: Sequence[FinishedRun]) -> tuple[Variant, ...]:
         [_read_settings(run) | methods for run, methods in zip(runs, _list_methods(runs), strict=True)]
     )
     groups: dict[str, list[FinishedRun]] = {}
-    for run, of_run in zip(runs, settings, strict=True):
+    for run, run_settings in zip(runs, settings, strict=True):
         # Runs of two variants of a study with equal settings stay two variants.
-        groups.setdefault(json.dumps([of_run, _find_study_variant(run)]), []).append(run)
+        groups.setdefault(json.dumps([run_settings, _find_study_variant(run)]), []).append(run)
     order = _read_order(runs)
     variants = []
-    for key, of_group in groups.items():
-        of_run, name = json.loads(key)
-        text = shorten_label(", ".join(f"{path} = {value}" for path, value in of_run.items()), SETTINGS_LABEL_LENGTH)
-        last = ", ".join(f"{path.rpartition('.')[2]} = {value}" for path, value in of_run.items())
+    for key, group_runs in groups.items():
+        run_settings, name = json.loads(key)
+        text = shorten_label(
+            ", ".join(f"{path} = {value}" for path, value in run_settings.items()), SETTINGS_LABEL_LENGTH
+        )
+        last = ", ".join(f"{path.rpartition('.')[2]} = {value}" for path, value in run_settings.items())
         label = name or text or "same settings"
-        short = shorten_label(name or last or label, SHORT_LENGTH)
-        variants.append(Variant(label, short, text if name else "", tuple(_sort(of_group))))
+        short_label = shorten_label(name or last or label, SHORT_LENGTH)
+        variants.append(Variant(label, short_label, text if name else "", tuple(_sort_by_seed(group_runs))))
     variants.sort(key=lambda variant: order.get(variant.label, len(order)))
     return tuple(variants)
 
 
 def _drop_common(settings: Sequence[Mapping[str, Any]]) -> list[dict[str, str]]:
     """Keep the keys whose values differ, with the values as text."""
-    keys = dict.fromkeys(key for of_run in settings for key in of_run)
-    differing = [key for key in keys if len({_write(of_run.get(key)) for of_run in settings}) > 1]
-    return [{key: _write(of_run.get(key)) for key in differing} for of_run in settings]
+    keys = dict.fromkeys(key for run_settings in settings for key in run_settings)
+    differing = [key for key in keys if len({_write(run_settings.get(key)) for run_settings in settings}) > 1]
+    return [{key: _write(run_settings.get(key)) for key in differing} for run_settings in settings]
 
 
-def _sort(runs: Sequence[FinishedRun]) -> list[FinishedRun]:
+def _sort_by_seed(runs: Sequence[FinishedRun]) -> list[FinishedRun]:
     return sorted(runs, key=lambda run: run.seed)
 
 
@@ -189,14 +191,11 @@ def _list_methods(runs: Sequence[FinishedRun]) -> list[dict[str, str]]:
 def _write_methods(methods: Sequence[Any]) -> list[str]:
     """Write settings of one method: "off", or "on" with the fields in which they differ."""
     values = [None if method is None else asdict(method) for method in methods]
-    differing = iter(_drop_common([of_one for of_one in values if of_one is not None]))
-    texts = []
-    for of_one in values:
-        if of_one is None:
-            texts.append("off")
-            continue
-        text = ", ".join(f"{key}: {value}" for key, value in next(differing).items())
-        texts.append(f"{{{text}}}" if text else "on")
+    values_by_index = {index: fields for index, fields in enumerate(values) if fields is not None}
+    texts = ["off"] * len(values)
+    for index, differing in zip(values_by_index, _drop_common(list(values_by_index.values())), strict=True):
+        text = ", ".join(f"{key}: {value}" for key, value in differing.items())
+        texts[index] = f"{{{text}}}" if text else "on"
     return texts
 
 
@@ -208,7 +207,7 @@ def _find_study_variant(run: FinishedRun) -> str:
 
 def _read_study(run: FinishedRun) -> Mapping[str, Any]:
     """Read the variants of the study that a run belongs to, trained ones first."""
-    path = run.folder.parent / "study.yaml"
+    path = run.folder.parent / STUDY_FILE
     try:
         study = yaml.safe_load(path.read_text(encoding="utf-8"))
     except (OSError, ValueError, yaml.YAMLError):
@@ -271,7 +270,7 @@ def _list_ends(cell: VariantCell) -> tuple[float, ...]:
     return (cell.interval.low, cell.interval.high) if cell.interval else ()
 
 
-def _place(cell: VariantCell, column: VariantColumn) -> VariantCell:
+def _scale_cell(cell: VariantCell, column: VariantColumn) -> VariantCell:
     """Scale a cell to the numbers that are shown, and add the positions of its drawing."""
 
     def position(number: float) -> float:
@@ -298,9 +297,9 @@ def _plot_losses(variants: Sequence[Variant]) -> Iterator[Plot]:
         for run in variant.runs:
             for stage, rows in _read_losses(run).items():
                 curves.setdefault(stage, []).append((number, rows))
-    for stage, of_stage in curves.items():
-        if len({number for number, _ in of_stage}) > 1:
-            yield _plot_stage(stage, of_stage, variants)
+    for stage, stage_curves in curves.items():
+        if len({number for number, _ in stage_curves}) > 1:
+            yield _plot_stage(stage, stage_curves, variants)
 
 
 def _read_losses(run: FinishedRun) -> dict[str, list[Mapping[str, Any]]]:
@@ -330,10 +329,10 @@ def _plot_stage(stage: str, curves: Sequence[tuple[int, list[Mapping[str, Any]]]
                 [row["step"] for row in rows][::every], loss[::every], linewidth=1.3, alpha=0.9,
                 color=LINE_COLOURS[number % len(LINE_COLOURS)],
                 linestyle=LINE_STYLES[number // len(LINE_COLOURS) % len(LINE_STYLES)],
-                label=None if number in labelled else variants[number].short,
+                label=None if number in labelled else variants[number].short_label,
             )  # fmt: skip
             labelled.add(number)
-            ends.append(f"{variants[number].short} {loss[-1]:.3g}")
+            ends.append(f"{variants[number].short_label} {loss[-1]:.3g}")
         axes.set_xlabel("step", color=INK)
         axes.set_ylabel("loss", color=INK)
         for text in axes.legend(frameon=False, labelcolor=INK, fontsize=8).get_texts():

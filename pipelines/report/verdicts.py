@@ -25,7 +25,7 @@ from pipelines.report.runs import ComparedModel, Family, select_changed_fields
 from pipelines.report.table_rows import TableRow, matches, write_command
 from redux.benchmarks import Metric
 
-Outcome = Literal["supported", "contradicted", "cannot tell", "not measured"]
+VerdictKind = Literal["supported", "contradicted", "cannot tell", "not measured"]
 
 
 @dataclass(frozen=True)
@@ -43,7 +43,7 @@ class Verdict:
     """
 
     claim: PaperClaim
-    outcome: Outcome
+    outcome: VerdictKind
     reason: str
     interval: Interval | None = None
     about: str = ""
@@ -176,7 +176,7 @@ def _judge_metrics(
     return Verdict(claim, outcome, reason, interval, about, needed)
 
 
-def decide(claim: PaperClaim, interval: Interval, seeds: int) -> tuple[Outcome, str]:
+def decide(claim: PaperClaim, interval: Interval, seeds: int) -> tuple[VerdictKind, str]:
     """Decide a claim by the rule of this module.
 
     Args:

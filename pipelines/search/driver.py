@@ -206,7 +206,7 @@ class StopFlags:
         return len(self.training)
 
     def should_stop(self, number: int, is_training: bool) -> bool:
-        """Tell if a trial is to stop, and record if it is training."""
+        """Return True if a trial is to stop, and record whether it is training."""
         if is_training:
             self.training.add(number)
         else:

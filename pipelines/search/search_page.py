@@ -23,6 +23,7 @@ from optuna.importance import PedAnovaImportanceEvaluator, get_param_importances
 from optuna.study import Study
 from optuna.trial import FrozenTrial, TrialState
 
+from pipelines.core.words import pluralize
 from pipelines.report import page
 from pipelines.report.page import format_duration, format_percent
 from pipelines.search import search_plots
@@ -34,7 +35,6 @@ from pipelines.search.snapshot import (
     is_feasible,
     join_words,
     label_trial,
-    pluralize,
 )
 
 STATE_WORDS = {

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 from optuna.distributions import CategoricalDistribution, FloatDistribution, IntDistribution
 from optuna.trial import FrozenTrial, TrialState
 
+from pipelines.core.words import pluralize
 from pipelines.report.plots import (
     ACCENT,
     BAD,
@@ -32,7 +33,6 @@ from pipelines.search.snapshot import (
     is_feasible,
     join_words,
     label_trial,
-    pluralize,
 )
 
 if TYPE_CHECKING:

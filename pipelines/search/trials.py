@@ -301,7 +301,7 @@ class Trials:
         return list(attempts.values())
 
     def _has_remaining(self) -> bool:
-        """Tell if there is a trial to run that is not running."""
+        """Return True if there is a trial to run that is not running."""
         if self.failure_reason or not self.is_open:
             return False
         is_waiting = any(trial.state == TrialState.WAITING for trial in self._all_trials())
@@ -377,7 +377,7 @@ class _Rungs:
             self.finish(_first_number(trial), trial.state)
 
     def should_stop(self, number: int, step: int, loss: float) -> bool:
-        """Tell if a trial with this loss is to be stopped; False for a step that was already reported."""
+        """Return True if a trial with this loss is to be stopped; False for a step that was already reported."""
         if number not in self.trials:
             self.trials[number] = self.study.ask()
         trial = self.trials[number]

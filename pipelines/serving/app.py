@@ -4,7 +4,7 @@ gateway    checks key, size and content of a request, and turns events into obje
 replica    holds the model and answers in batches (`pipelines.serving.engine`); one process, or a share of a GPU, each
 
 A request survives the death of its replica: the gateway gives it to another one, or to the one that Ray Serve starts in
-its place, and skips the text that the client has already.  So a sampled answer without a seed gets one here.
+its place, and skips the text that the client has already. So a sampled answer without a seed gets one here.
 """
 
 import asyncio
@@ -133,7 +133,7 @@ class ModelReplica:
             raise RuntimeError(self.problem)
 
     def count_conversations(self) -> int:
-        """Count the conversations that wait or are answered.  Raises as `check_health`."""
+        """Count the conversations that wait or are answered. Raises as `check_health`."""
         self.check_health()
         return self.engine.count_conversations() if self.engine else 0
 
@@ -170,7 +170,7 @@ class ModelReplica:
 
 
 class _RequestSlot:
-    """A request in progress.  It ends with its last reference, also if the client leaves before the answer begins."""
+    """A request in progress. It ends with its last reference, also if the client leaves before the answer begins."""
 
 
 class Gateway:
@@ -342,7 +342,7 @@ class Gateway:
         events: AsyncIterator[Any],
         slot: "_RequestSlot",
     ) -> AsyncIterator[str]:
-        """Yield the lines of a stream of server-sent events.  The slot is in use as long as the generator exists."""
+        """Yield the lines of a stream of server-sent events. The slot is in use as long as the generator exists."""
         tokens = 0
         try:
             yield _format_event(completion.build_chunk({"role": "assistant", "content": ""}))
@@ -439,7 +439,7 @@ def start_server(settings: ServerSettings, has_gpus: bool) -> None:
 
 
 def is_started() -> bool:
-    """Tell if Ray Serve runs in the current Ray session."""
+    """Return True if Ray Serve runs in the current Ray session."""
     try:
         ray.get_actor(**CONTROLLER)
     except ValueError:
@@ -448,5 +448,5 @@ def is_started() -> bool:
 
 
 def all_replicas_run() -> bool:
-    """Tell if all replicas answer; False while Ray Serve replaces one."""
+    """Return True if all replicas answer; False while Ray Serve replaces one."""
     return bool(serve.status().applications[APPLICATION].status == ApplicationStatus.RUNNING)

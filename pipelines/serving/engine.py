@@ -1,7 +1,7 @@
-"""Batching of the conversations of many callers.  Does not import Ray.
+"""Batching of the conversations of many callers. Does not import Ray.
 
-One thread runs the model, batch after batch.  A batch takes all conversations that wait for the same model, so batches
-grow with the load.  Callers encode their conversations themselves, in parallel.  A caller that leaves ends its row.
+One thread runs the model, batch after batch. A batch takes all conversations that wait for the same model, so batches
+grow with the load. Callers encode their conversations themselves, in parallel. A caller that leaves ends its row.
 """
 
 import base64
@@ -68,7 +68,7 @@ class BatchingEngine:
         return self._thread.is_alive()
 
     def submit(self, ticket: Ticket) -> None:
-        """Queue a conversation.  Its last event has a finish reason, or is a TraceEvent or a FailureEvent."""
+        """Queue a conversation. Its last event has a finish reason, or is a TraceEvent or a FailureEvent."""
         with self._changed:
             self._waiting.append(ticket)
             self._changed.notify()
@@ -144,7 +144,7 @@ def describe_trace(trace: AnswerTrace) -> dict[str, Any]:
     """Describe a trace in JSON.
 
     Returns:
-        {"words": [text], "images": [{"image", "patches", "tokens_before", "tokens", "allowed"}]}.  `image` and
+        {"words": [text], "images": [{"image", "patches", "tokens_before", "tokens", "allowed"}]}. `image` and
         `patches` are PNG files as data URLs, the second with kept and merged patches; `allowed` has for each word the
         patches row by row as bytes in base64, 255 where all layers let the word attend.
     """

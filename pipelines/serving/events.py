@@ -1,7 +1,7 @@
-"""Events of an answer, from the engine through Ray Serve to the gateway.  Imports neither torch nor Ray.
+"""Events of an answer, from the engine through Ray Serve to the gateway. Imports neither torch nor Ray.
 
 Their order: a RefusalEvent alone; or a PromptEvent, TextEvents of which the last has a finish reason, and, if it was
-requested, a TraceEvent.  A FailureEvent may end the answer at any time.
+requested, a TraceEvent. A FailureEvent may end the answer at any time.
 """
 
 from typing import Any, NamedTuple

@@ -1,6 +1,6 @@
-"""Images of requests: data URLs, and files of allowed hosts.  Everything doubtful is refused before it is decoded.
+"""Images of requests: data URLs, and files of allowed hosts. Everything doubtful is refused before it is decoded.
 
-Only formats that photos have are opened, since each of Pillow's decoders is a way in.  The header gives size and number
+Only formats that photos have are opened, since each of Pillow's decoders is a way in. The header gives size and number
 of frames, so a small file cannot claim much memory.
 """
 
@@ -95,12 +95,12 @@ def _fetch(url: str, limits: RequestLimits) -> bytes:
 
 
 def is_public_address(address: str) -> bool:
-    """Tell if an IP address belongs to the public internet."""
+    """Return True if an IP address belongs to the public internet."""
     return ipaddress.ip_address(address).is_global
 
 
 def _open_public_socket(host: str, port: int, timeout: float | None) -> socket.socket:
-    """Connect to a public address of a host.  The address is checked and used, so no second look-up can change it."""
+    """Connect to a public address of a host. The address is checked and used, so no second look-up can change it."""
     addresses = [str(info[4][0]) for info in socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)]
     for address in addresses:
         if is_public_address(address):

@@ -1,7 +1,7 @@
 """OpenAI's chat protocol: requests are checked and become conversations, answers become objects of the protocol.
 
 Unknown fields and values that the server cannot honour are refused, as OpenAI's server does: a request that is half
-understood gives wrong answers without a warning.  Two additions: the field `redux`, and the counts of image tokens in
+understood gives wrong answers without a warning. Two additions: the field `redux`, and the counts of image tokens in
 `usage.prompt_tokens_details`.
 """
 
@@ -114,7 +114,7 @@ class ChatRequest(ProtocolObject):
         return [_build_message(message, limits) for message in self.messages]
 
     def build_sampling(self, limits: RequestLimits) -> Sampling:
-        """Build the sampling.  Without a temperature the answer is greedy, as in evaluation."""
+        """Build the sampling. Without a temperature the answer is greedy, as in evaluation."""
         # OpenAI renamed the field; clients send either.
         requested = self.max_completion_tokens or self.max_tokens or DEFAULT_NEW_TOKENS
         stop = [self.stop] if isinstance(self.stop, str) else self.stop or []

@@ -1,4 +1,4 @@
-"""Settings of the server.  Imports neither torch nor Ray."""
+"""Settings of the server. Imports neither torch nor Ray."""
 
 import ipaddress
 from dataclasses import dataclass, field
@@ -93,7 +93,7 @@ class ServerSettings:
 
 
 def is_loopback(host: str) -> bool:
-    """Tell if only programs of this machine reach an address."""
+    """Return True if only programs of this machine reach an address."""
     try:
         return ipaddress.ip_address(host).is_loopback
     except ValueError:

@@ -34,6 +34,7 @@ from tqdm import tqdm
 
 from pipelines.core import cluster, failures, interrupts, storage
 from pipelines.core.background import run_in_background
+from pipelines.core.words import pluralize
 from pipelines.data import ingest
 from pipelines.training import export, launch, recorder, rendezvous
 from pipelines.training.files import is_complete
@@ -276,7 +277,7 @@ def _print_summary(work: StageWork) -> None:
     fewest, most = plan.workers
     stage = plan.stage
     epochs = steps * stage.global_batch_size / samples
-    workers = f"{most} workers" if fewest == most else f"{fewest} to {most} workers"
+    workers = pluralize(most, "worker") if fewest == most else f"{fewest} to {most} workers"
     accumulation_steps = stage.count_accumulation_steps(stage.count_usable_workers(most))
     device = "GPUs" if "GPU" in _worker_resources(plan) else "CPUs"
     packing = f", packed in rows of up to {stage.packing.max_length} tokens" if stage.packing else ""

@@ -21,6 +21,9 @@ SCORES_FILE = "scores.json"
 ASSEMBLED_FOLDER = "assembled"
 """Pretrained parts and a new projector as one model, before training."""
 
+STUDY_FILE = "study.yaml"
+"""Study in the folder that has its runs."""
+
 CONFIG_FILE = "config.json"
 """Configuration of a model, as transformers names it."""
 
@@ -28,6 +31,11 @@ CONFIG_FILE = "config.json"
 def is_complete(url: str) -> bool:
     """Return True if a model was uploaded there completely."""
     return storage.exists(storage.join(url, MANIFEST))
+
+
+def is_finished_run(folder: Path) -> bool:
+    """Return True if a run in this folder has been evaluated or has ended."""
+    return (folder / SCORES_FILE).exists() or (folder / RESULT_FILE).exists()
 
 
 def locate_checkpoints(checkpoints: str | None, name: str, folder: Path) -> str:

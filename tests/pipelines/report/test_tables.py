@@ -20,7 +20,7 @@ from pipelines.evaluation import statistics
 from pipelines.evaluation.answer_files import PROVENANCE_FILE
 from pipelines.report import columns as columns_module
 from pipelines.report.paper import TABLE_1, TABLE_3
-from pipelines.report.runs import find_families, read_finished_runs, read_run, select_changed_fields
+from pipelines.report.runs import Family, group_families, read_finished_runs, read_run, select_changed_fields
 from pipelines.report.table_rows import TABLE_ROWS, matches, rescale_budget, write_command
 from pipelines.report.tables import (
     ResultRow,
@@ -67,6 +67,12 @@ def easy_vqa(rows: Sequence[Row]) -> dict[str, Metric]:
 
 
 FIND_SCORER = {"instructions": instructions, "easy_vqa": easy_vqa}.get
+
+
+def find_families(paths: list[Path]) -> tuple[list[Family], list[str]]:
+    """Group the finished runs of folders into families, as `redux tables` does."""
+    runs, notes = read_finished_runs(paths, FIND_SCORER)
+    return group_families(runs, notes), notes
 
 
 def write_run(
@@ -147,7 +153,7 @@ def runs(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="module")
 def tables(runs: Path) -> dict[str, ResultTable]:
-    return {table.key: table for table in build_tables(find_families([runs], FIND_SCORER)[0], samples=400)}
+    return {table.key: table for table in build_tables(find_families([runs])[0], samples=400)}
 
 
 def line(table: ResultTable, label: str, source: str = "ours") -> ResultRow:
@@ -218,7 +224,7 @@ def test_each_preset_fills_its_row_and_no_other(tmp_path: Path) -> None:
     for name in rows:
         write_run(tmp_path, name, **job_changes(PRESETS[name]))
     write_run(tmp_path, "described", **job_changes(PRESETS["llava"]), evaluate__image_input="caption")
-    [family], _ = find_families([tmp_path], FIND_SCORER)
+    [family], _ = find_families([tmp_path])
     found = {model.job["name"]: {row.label for row in rows_of_tables if matches(model, row)} for model in family.models}
     assert found == rows | {"described": {"Upper limit"}}
 
@@ -228,7 +234,7 @@ def test_other_ways_of_down_sampling_and_other_names_make_no_difference(tmp_path
         write_run(tmp_path, f"llava-{method}", **job_changes(PRESETS["llava"]) | {
             "model__reduction": {"method": method, "tokens": 16}
         })  # fmt: skip
-    [family], _ = find_families([tmp_path], FIND_SCORER)
+    [family], _ = find_families([tmp_path])
     [table] = [table for table in build_tables([family], 100) if table.key == "table-1"]
     labels = [row.label for row in table.blocks[family.label] if row.source == "ours"]
     assert labels == ["SPD (reduction.method = bilinear)", "SPD (reduction.method = stride)"]
@@ -237,7 +243,7 @@ def test_other_ways_of_down_sampling_and_other_names_make_no_difference(tmp_path
 def test_runs_that_differ_only_in_seed_are_one_row_and_a_copy_is_left_out(tmp_path: Path) -> None:
     for number, seed in enumerate((0, 1, 1)):
         write_run(tmp_path, f"run-{number}", seed, **job_changes(PRESETS["default"]))
-    [family], notes = find_families([tmp_path], FIND_SCORER)
+    [family], notes = find_families([tmp_path])
     [model] = family.models
     assert [run.seed for run in model.runs] == [0, 1]
     assert len(notes) == 1
@@ -248,7 +254,7 @@ def test_other_sizes_or_data_are_another_family_and_other_machines_are_not(tmp_p
     write_run(tmp_path, "a", 0, **job_changes(PRESETS["llava"]))
     write_run(tmp_path, "b", 1, **job_changes(PRESETS["llava"]), num_workers=7, gpu_share=0.5, evaluate__num_actors=1)
     write_run(tmp_path, "c", 0, **job_changes(PRESETS["llava"]), train__instruct__epochs=7)
-    families, _ = find_families([tmp_path], FIND_SCORER)
+    families, _ = find_families([tmp_path])
     assert sorted(len(family.models[0].runs) for family in families) == [1, 2]
     assert any("train.instruct.epochs = 7" in family.label for family in families)
     table = next(table for table in build_tables(families, 100) if table.key == "table-3")
@@ -273,7 +279,7 @@ def test_models_are_found_where_the_job_has_its_checkpoints(tmp_path: Path) -> N
     run = read_run(folder, FIND_SCORER)
     assert run.config is not None
     assert run.config.num_patches == 36
-    [family], _ = find_families([folder], FIND_SCORER)
+    [family], _ = find_families([folder])
     assert family.models[0].trained_model == f"file://{model}"
 
 
@@ -283,7 +289,7 @@ def test_a_job_file_in_a_folder_above_a_checkpoint_is_not_the_job_that_trained_i
     monkeypatch.chdir(tmp_path)
     (tmp_path / "job.yaml").write_text("name: mine\n")
     write_run(tmp_path / "runs", "later", 3, train={}, model__checkpoint="org/llava")
-    [family], _ = find_families([tmp_path / "runs"], FIND_SCORER)
+    [family], _ = find_families([tmp_path / "runs"])
     [run] = family.models[0].runs
     assert (run.source_job["model"]["checkpoint"], run.seed) == ("org/llava", 3)
 
@@ -298,7 +304,7 @@ def test_a_run_that_asks_anothers_checkpoint_is_of_its_family_and_seed(tmp_path:
     }
     write_run(tmp_path, "limit", 0, **limit)
     write_run(tmp_path, "later", 0, **job_changes(PRESETS["default"]) | {"train": {}, "model__checkpoint": checkpoint})
-    [family], _ = find_families([tmp_path], FIND_SCORER)
+    [family], _ = find_families([tmp_path])
     assert {run.seed for model in family.models for run in model.runs} == {5}
     found = {model.job["name"]: model for model in family.models}
     assert matches(found["limit"], TABLE_ROWS["table-1"][2])
@@ -311,7 +317,7 @@ def test_a_run_that_asks_anothers_checkpoint_is_of_its_family_and_seed(tmp_path:
 def test_the_command_of_a_missing_row_is_a_job_that_fills_it(runs: Path, tmp_path: Path, start: str) -> None:
     """Every row has a valid command, whichever runs its family has; the shell and the schema parse it."""
     (tmp_path / start).symlink_to(runs / start)
-    [family], _ = find_families([tmp_path], FIND_SCORER)
+    [family], _ = find_families([tmp_path])
     rows_of_tables = [row for table in TABLE_ROWS.values() for row in table if row.preset]
     for row in rows_of_tables:
         redux, run, job, *overrides, into, paper_rows = shlex.split(write_command(row, family))
@@ -322,7 +328,7 @@ def test_the_command_of_a_missing_row_is_a_job_that_fills_it(runs: Path, tmp_pat
         other.mkdir(parents=True, exist_ok=True)
         (other / "job.yaml").write_text(schema.dump(made))
         (other / "metrics.json").write_text("{}")
-        [again], _ = find_families([other], FIND_SCORER)
+        [again], _ = find_families([other])
         assert matches(again.models[0], row), row.label
         if made.model.vmtc and row.preset != PRESETS["llp"] and start != "a0":
             assert made.model.vmtc.iterations == 4, "the family's own option"
@@ -330,7 +336,7 @@ def test_the_command_of_a_missing_row_is_a_job_that_fills_it(runs: Path, tmp_pat
 
 def test_a_row_that_several_tables_have_is_made_by_one_command(runs: Path, tmp_path: Path) -> None:
     (tmp_path / "c1").symlink_to(runs / "c1")
-    [family], _ = find_families([tmp_path], FIND_SCORER)
+    [family], _ = find_families([tmp_path])
     commands = {
         write_command(row, family) for rows_of_tables in TABLE_ROWS.values() for row in rows_of_tables if row.preset
     }
@@ -381,7 +387,7 @@ def test_what_a_run_folder_holds_of_its_model_gives_flops(tmp_path: Path) -> Non
     for name in ("llava", "default"):
         folder = write_run(tmp_path, name, **job_changes(PRESETS[name]))
         build_llava_config("7b", PRESETS[name]).save_pretrained(folder / "checkpoints/instruct/model")
-    families, _ = find_families([tmp_path], FIND_SCORER)
+    families, _ = find_families([tmp_path])
     table = next(table for table in build_tables(families, 100) if table.key == "costs")
     column = [each.source for each in table.columns].index("prompt")
     flops = {row.label: row.cells[column] for rows in table.blocks.values() for row in rows}
@@ -490,7 +496,7 @@ def test_a_label_says_what_was_trained_and_what_was_applied(
     ):
         changes = job_changes(PRESETS[applied]) | {"train": {}, "model__checkpoint": checkpoint}
         write_run(tmp_path / name, name, **changes)
-        families, _ = find_families([tmp_path / name], FIND_SCORER)
+        families, _ = find_families([tmp_path / name])
         [[model]] = [family.models for family in families]
         assert name_model(model, families[0]).startswith(label), name
 
@@ -546,7 +552,7 @@ def test_the_page_of_runs_with_own_questions_has_only_what_has_rows(tmp_path: Pa
 
 
 def test_the_prompts_are_the_same_for_all_and_marked_by_the_scorer(runs: Path) -> None:
-    [family], _ = find_families([runs], FIND_SCORER)
+    [family], _ = find_families([runs])
     contents = compare_prompts(family, instructions)
     assert len(contents) == 6
     for prompt in contents:
@@ -591,7 +597,7 @@ def test_a_checkpoint_from_elsewhere_fills_the_row_that_it_is(tmp_path: Path) ->
         folder = write_run(tmp_path, name, model__checkpoint=checkpoint, **{**given, **own, **more})
         methods = {"vmtc": None, "cmai": more.get("model__cmai"), "reduction": None}
         (folder / "answers" / PROVENANCE_FILE).write_text(json.dumps({"model_type": kind, "methods": methods}))
-    [family], _ = find_families([tmp_path], FIND_SCORER)
+    [family], _ = find_families([tmp_path])
     assert family.label == "llava"
     found = {model.runs[0].folder.name: model for model in family.models}
     rows_of_tables = [row for table in TABLE_ROWS.values() for row in table]
@@ -609,7 +615,7 @@ def test_what_need_not_be_trained_is_only_asked(runs: Path, tmp_path: Path) -> N
     model = trained / "checkpoints" / last / "model"
     model.mkdir(parents=True)
     (model / MANIFEST).write_text("{}")
-    [family], _ = find_families([tmp_path], FIND_SCORER)
+    [family], _ = find_families([tmp_path])
     for row in (TABLE_ROWS["table-1"][2], next(row for row in TABLE_ROWS["table-2"] if row.checkpoint)):
         _, _, job, *overrides, _, _ = shlex.split(write_command(row, family))
         made = schema.load(Path(job), overrides)
@@ -623,7 +629,7 @@ def test_what_need_not_be_trained_is_only_asked(runs: Path, tmp_path: Path) -> N
         else:
             assert made.evaluate
             assert made.evaluate.template is None  # the model itself says how it was trained
-        [again], _ = find_families([tmp_path], FIND_SCORER)
+        [again], _ = find_families([tmp_path])
         assert sum(matches(model, row) for model in again.models) == 1
 
 
@@ -632,7 +638,7 @@ def test_columns_without_a_number_are_left_out(tmp_path: Path) -> None:
     for name, preset in (("a", "llava"), ("b", "default")):
         folder = write_run(tmp_path / "runs", name, **job_changes(PRESETS[preset]))
         (folder / "answers/instructions.jsonl").unlink()
-    [family], _ = find_families([tmp_path / "runs"], FIND_SCORER)
+    [family], _ = find_families([tmp_path / "runs"])
     [models] = [table for table in build_tables([family], 100) if table.key == "models"]
     shown = drop_empty_columns(models)
     assert {"IF", "right", "both"} <= {column.name for column in models.columns}

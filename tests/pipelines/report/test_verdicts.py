@@ -10,11 +10,11 @@ from pipelines.evaluation.statistics import Interval
 from pipelines.report import verdicts
 from pipelines.report.paper import TABLE_1, TABLE_3, TABLE_4, TABLE_5
 from pipelines.report.paper_claims import CLAIMS, MARGIN, PaperClaim
-from pipelines.report.runs import Family, find_families
+from pipelines.report.runs import Family
 from pipelines.report.verdicts import Verdict, decide, find_model, judge, judge_claims
 from redux.presets import PRESETS
 from tests.pipelines.report.test_run_report import Page
-from tests.pipelines.report.test_tables import FIND_SCORER, job_changes, write_run
+from tests.pipelines.report.test_tables import FIND_SCORER, find_families, job_changes, write_run
 
 PRINTED = {"Table 1": TABLE_1, "Table 3": TABLE_3, "Table 4": TABLE_4, "Table 5": TABLE_5}
 
@@ -103,7 +103,7 @@ def runs(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="module")
 def family(runs: Path) -> Family:
-    [family] = find_families([runs], FIND_SCORER)[0]
+    [family] = find_families([runs])[0]
     return family
 
 
@@ -137,7 +137,7 @@ def test_with_exchanged_models_a_gain_is_contradicted(tmp_path: Path) -> None:
     for seed in (0, 1, 2):
         write_run(tmp_path, f"a{seed}", seed, 0.8, **job_changes(PRESETS["llava"]))
         write_run(tmp_path, f"b{seed}", seed, 0.3, **job_changes(PRESETS["default"]))
-    [exchanged] = find_families([tmp_path], FIND_SCORER)[0]
+    [exchanged] = find_families([tmp_path])[0]
     assert judge_text(exchanged, "VMTC + CMAI follow more instructions.").outcome == "contradicted"
 
 
@@ -145,7 +145,7 @@ def test_of_several_models_the_one_with_defaults_is_judged(tmp_path: Path) -> No
     write_run(tmp_path, "a", 0, 0.5, **job_changes(PRESETS["llava"]))
     for number, gamma in enumerate((0.2, 0.6, 0.8)):
         write_run(tmp_path, f"b{number}", 0, 0.5, model__vmtc=None, model__cmai={"gamma_max": gamma})
-    [family] = find_families([tmp_path], FIND_SCORER)[0]
+    [family] = find_families([tmp_path])[0]
     model = find_model(family, find_claim("CMAI alone follows").rows[0])
     assert model
     assert model.methods.cmai
