@@ -16,7 +16,7 @@ import psutil
 import torch
 from transformers.utils import logging as transformers_logging
 
-from jobs import claims, document, model_parts, resolve
+from jobs import document, model_parts, ownership, resolve
 from jobs.check_text import (
     format_bytes,
     format_evaluation,
@@ -64,7 +64,6 @@ MAX_MEASURED_PROMPTS = 100
 MAX_NAMED_IMAGES = 3
 """Missing images that a problem names."""
 
-
 MAX_READ_RECORDS = 1000
 """First records of a set in another form, which are checked before its samples are drawn."""
 
@@ -106,20 +105,20 @@ class ProblemList:
 
     keys: dict[str, str] = field(default_factory=dict)
 
-    def add(self, line: str, unusable: str = "") -> None:
+    def add(self, line: str, broken_key: str = "") -> None:
         """Add a problem, once."""
-        self.keys.setdefault(" ".join(line.split()), unusable)
+        self.keys.setdefault(" ".join(line.split()), broken_key)
 
-    def has(self, unusable: str) -> bool:
+    def breaks(self, key: str) -> bool:
         """Return True if a problem makes a key of the job unusable."""
-        return unusable in self.keys.values()
+        return key in self.keys.values()
 
     @contextmanager
-    def collect(self, unusable: str = "", prefix: str = "") -> Iterator[None]:
+    def collect(self, broken_key: str = "", prefix: str = "") -> Iterator[None]:
         """Add an error within the block, and go on after it.
 
         Args:
-            unusable: key that cannot be used after an error.
+            broken_key: key that cannot be used after an error.
             prefix: beginning of the lines, if they do not have it.
         """
         try:
@@ -127,7 +126,7 @@ class ProblemList:
         except (ValueError, OSError, ImportError) as error:
             problems = getattr(error, "problems", None) or [classify_error(error).text or str(error)]
             for problem in problems:
-                self.add(problem if problem.startswith(prefix) else f"{prefix}{problem}", unusable)
+                self.add(problem if problem.startswith(prefix) else f"{prefix}{problem}", broken_key)
 
 
 def check_job(options: CheckOptions) -> None:
@@ -184,7 +183,7 @@ def _check_preparations(job: Job, folder: Path, problems: ProblemList) -> None:
         except UnmappedWeightsError as error:  # A job may be checked on a smaller machine than it runs on
             print(f"note: the names of the weights were not checked: {error}")
     with problems.collect():
-        claims.Claim.from_folder(folder, job).find_changes()
+        ownership.FolderOwnership.from_folder(folder, job).find_changes()
     with problems.collect():
         _check_folder(folder)
     with problems.collect():
@@ -205,11 +204,16 @@ def _check_set(job: Job, name: str, url: str) -> None:
 
 def _check_folder(folder: Path) -> None:
     """Check that a folder can be made and written; ValueError if not."""
-    parent = next(path for path in (folder, *folder.parents) if path.exists())
+    parent = _find_existing_parent(folder)
     if not parent.is_dir() or not os.access(parent, os.W_OK | os.X_OK):
         raise ValueError(
             f"{folder}: cannot be written, because {parent} {_describe_access(parent)}, allowed: another folder"
         )
+
+
+def _find_existing_parent(path: Path) -> Path:
+    """Find the path itself or the nearest folder above it that exists."""
+    return next(candidate for candidate in (path, *path.parents) if candidate.exists())
 
 
 def _describe_access(path: Path) -> str:
@@ -219,30 +223,30 @@ def _describe_access(path: Path) -> str:
 def _check_source(key: str, source: SetSource, problems: ProblemList) -> None:
     """Check the records of a set that the job makes, and that their images are in the folder."""
     try:
-        opened = RecordSource(source)
+        record_source = RecordSource(source)
         # The first part alone, since a source may have any size.
-        sample = list(itertools.islice(opened, MAX_READ_RECORDS))
+        source_records = list(itertools.islice(record_source, MAX_READ_RECORDS))
     except ValueError as error:
         raise ValueError(f"{key}.source: {error}" if key.startswith("data.make.") else f"{key}: {error}") from None
-    admitted = [admit_record(given, source) for given in sample]
+    admitted = [admit_record(source_record, source) for source_record in source_records]
     rejections = [rejection for record, rejection, _ in admitted if record is None and rejection]
-    if len(rejections) > source.max_bad_fraction * len(sample):
-        first = rejections[0]
+    if len(rejections) > source.max_bad_fraction * len(source_records):
+        first_rejection = rejections[0]
         problems.add(
-            f"{key}: {len(rejections)} of {len(sample)} records of {source.source} are rejected, allowed: a "
-            f"share of max_bad_fraction, {source.max_bad_fraction:g}; the first: {first.reason}: {first.field}: got "
-            f"{first.value}",
-            unusable=key,
+            f"{key}: {len(rejections)} of {len(source_records)} records of {source.source} are rejected, allowed: a "
+            f"share of max_bad_fraction, {source.max_bad_fraction:g}; the first: {first_rejection.reason}: "
+            f"{first_rejection.field}: got {first_rejection.value}",
+            broken_key=key,
         )
-    images = ImageFolder(storage.make_absolute(opened.images))
+    images = ImageFolder(storage.make_absolute(record_source.images))
     # Images in the source are read with the samples.
     named = [
         str(record["image"])
-        for given, (record, _, _) in zip(sample, admitted, strict=True)
-        if given.image is None and record is not None and has_image(record)
+        for source_record, (record, _, _) in zip(source_records, admitted, strict=True)
+        if source_record.image is None and record is not None and has_image(record)
     ]
     missing = [path for path in named if not _has_image(images, path)]
-    if missing and len(missing) > source.max_bad_fraction * len(sample):
+    if missing and len(missing) > source.max_bad_fraction * len(source_records):
         examples = ", ".join(map(repr, missing[:MAX_NAMED_IMAGES]))
         problems.add(
             f"{key}.images: {len(missing)} of {len(named)} images are not in {images.url}: {examples}, "
@@ -263,17 +267,19 @@ def _has_image(images: ImageFolder, path: str) -> bool:
 def _drop_unusable(job: Job, problems: ProblemList) -> Job | None:
     """Return the job with the stages whose sets can be read, and the tasks that can; None if no stage is left."""
     broken = {
-        name for name in job.data.set_names if problems.has(f"data.sets.{name}") or problems.has(f"data.make.{name}")
+        name
+        for name in job.data.set_names
+        if problems.breaks(f"data.sets.{name}") or problems.breaks(f"data.make.{name}")
     }
     train = {name: stage for name, stage in job.train.items() if not broken & stage.mixture.keys()}
-    tasks = {name: task for name, task in job.evaluation_tasks.items() if not problems.has(f"evaluate.tasks.{name}")}
+    tasks = {name: task for name, task in job.evaluation_tasks.items() if not problems.breaks(f"evaluate.tasks.{name}")}
     # Without these nothing can be encoded or counted.
-    if not train or any(map(problems.has, ("model", "train", "trackers"))):
+    if not train or any(map(problems.breaks, ("model", "train", "trackers"))):
         return None
     try:
-        kept = {name: job.data.sets[name] for name in job.data.sets if name not in broken}
-        made = {name: source for name, source in job.data.make.items() if name not in broken}
-        data = replace(job.data, sets=kept, make=made)
+        sets = {name: url for name, url in job.data.sets.items() if name not in broken}
+        make = {name: source for name, source in job.data.make.items() if name not in broken}
+        data = replace(job.data, sets=sets, make=make)
         evaluated = replace(job.evaluate, tasks=tasks) if job.evaluate and tasks else None
         return replace(job, data=data, train=train, evaluate=evaluated)
     except ValueError:
@@ -291,7 +297,7 @@ def _check_stages(job: Job, folder: Path, options: CheckOptions, problems: Probl
         if config is not None:
             _print_template_notes(config, stages)
         device, capacity = _find_device(job, options)
-        found: list[SetInspection] = []
+        all_sets: list[SetInspection] = []
         sizes = {}
         for name, work in stages.items():
             features = work.plan.open_features(dict(work.reader.sources))
@@ -302,14 +308,14 @@ def _check_stages(job: Job, folder: Path, options: CheckOptions, problems: Probl
                 inspections.inspect_set(work, source, options.samples, options.seed, tower_tokens)
                 for source in work.reader.sources
             ]
-            found += stage_sets
+            all_sets += stage_sets
             for inspected in stage_sets:
                 for line in inspections.list_problems(inspected, work.plan):
                     problems.add(line)
             # Samples are checked by their images; memory is that of what training reads.
             training = work._replace(reader=replace(work.reader, features=features))
             _print_stage(training, shape, stage_sets, options, device, capacity, problems)
-        for line in inspections.list_image_problems(found):
+        for line in inspections.list_image_problems(all_sets):
             problems.add(line)
         _check_evaluation(job, stages, sizes, options, problems)
         _check_disk(job, folder, sizes, problems)
@@ -352,9 +358,9 @@ def _find_device(job: Job, options: CheckOptions) -> tuple[Device, int | None]:
 
 
 def _count_workers(work: StageWork, options: CheckOptions, device: Device) -> int:
-    wanted = work.plan.workers[1] if work.plan.workers else None
+    configured = work.plan.workers[1] if work.plan.workers else None
     local = torch.cuda.device_count() if device == "cuda" else (os.cpu_count() or 1)
-    return work.plan.stage.count_usable_workers(options.workers or wanted or max(local, 1))
+    return work.plan.stage.count_usable_workers(options.workers or configured or max(local, 1))
 
 
 def _print_stage(
@@ -381,16 +387,26 @@ def _print_stage(
     shapes = [shape for inspected in stage_sets for shape in inspected.shapes]
     if not shapes:
         return
-    share = capacity // workers if capacity and device == "cpu" else capacity
+    memory_per_worker = capacity // workers if capacity and device == "cpu" else capacity
     estimate, find_largest = plan_memory(shape, shapes, workers, device, _is_fused(work, device))
     largest = None
-    if share:
-        largest = find_largest(share)
+    if memory_per_worker:
+        largest = find_largest(memory_per_worker)
         if not largest or largest < plan.stage.micro_batch_size:
-            _add_memory_problem(work, estimate, share, largest, problems)
-    whole_share = plan.stage.global_batch_size // workers
+            _add_memory_problem(work, estimate, memory_per_worker, largest, problems)
+    samples_per_worker = plan.stage.global_batch_size // workers
     queued = count_queued_bytes(work, workers)
-    print(format_memory(estimate, device, share, plan.stage.micro_batch_size, largest, whole_share, queued))
+    print(
+        format_memory(
+            estimate,
+            device,
+            memory_per_worker,
+            micro_batch_size=plan.stage.micro_batch_size,
+            largest=largest,
+            samples_per_worker=samples_per_worker,
+            queued=queued,
+        )
+    )
 
 
 def _is_fused(work: StageWork, device: Device) -> bool:
@@ -398,7 +414,7 @@ def _is_fused(work: StageWork, device: Device) -> bool:
 
 
 def _add_memory_problem(
-    work: StageWork, estimate: MemoryEstimate, share: int, largest: int | None, problems: ProblemList
+    work: StageWork, estimate: MemoryEstimate, memory_per_worker: int, largest: int | None, problems: ProblemList
 ) -> None:
     name = work.plan.name
     if largest:
@@ -407,7 +423,7 @@ def _add_memory_problem(
         advice = "more workers, zero_stage 3, activation_checkpointing, lora or offloading"
     problems.add(
         f"train.{name}.micro_batch_size: got {work.plan.stage.micro_batch_size}, which needs "
-        f"{format_bytes(estimate.total)} of {format_bytes(share)} on each worker, allowed: {advice}"
+        f"{format_bytes(estimate.total)} of {format_bytes(memory_per_worker)} on each worker, allowed: {advice}"
     )
 
 
@@ -415,9 +431,8 @@ def _mean_tokens(work: StageWork, stage_sets: list[SetInspection]) -> float:
     """Return the mean tokens of a sample of the stage, over its mixture."""
     order = work.reader.order
     weights = order.weights or order.samples
-    return sum(weight * inspected.mean_tokens for weight, inspected in zip(weights, stage_sets, strict=True)) / sum(
-        weights
-    )
+    weighted = sum(weight * inspected.mean_tokens for weight, inspected in zip(weights, stage_sets, strict=True))
+    return weighted / sum(weights)
 
 
 def _check_evaluation(
@@ -470,13 +485,15 @@ def _check_disk(job: Job, folder: Path, shapes: dict[str, ModelShape], problems:
     for name, stage in job.train.items():
         shape = shapes[name]
         # Weights in fp32 and two moments; the next checkpoint is written before an old one is deleted.
-        kept = stage.save_total_limit + stage.save_best_limit + 1
-        needed += 12 * shape.num_trained * kept + shape.num_elements * (2 if stage.precision == "bf16" else 4)
+        num_checkpoints = stage.save_total_limit + stage.save_best_limit + 1
+        needed += 12 * shape.num_trained * num_checkpoints + shape.num_elements * (
+            2 if stage.precision == "bf16" else 4
+        )
     where = f"checkpoints and models need about {format_bytes(needed)}"
     if not storage.is_local(checkpoints):
         print(f"\ndisk: {where} in {checkpoints}")
         return
-    parent = next(path for path in (Path(checkpoints), *Path(checkpoints).parents) if path.exists())
+    parent = _find_existing_parent(Path(checkpoints))
     free = shutil.disk_usage(parent).free
     print(f"\ndisk: {where}, {format_bytes(free)} are free in {parent}")
     if needed > free:

@@ -33,7 +33,7 @@ def format_inspection(inspected: SetInspection, max_length: int | None) -> str:
         kinds = sorted(inspected.unusable.items(), key=lambda item: -item[1].count)
         lines.append(
             f"    not usable   {inspected.num_unusable}: "
-            + ", ".join(f"{found.count} {kind}" for kind, found in kinds[:MAX_FORMATS])
+            + ", ".join(f"{examples.count} {kind}" for kind, examples in kinds[:MAX_FORMATS])
         )
     if not inspected.shapes:
         return "\n".join(lines)
@@ -92,10 +92,10 @@ def _format_hours(hours: float) -> str:
 def format_memory(
     estimate: MemoryEstimate,
     device: Device,
-    share: int | None,
+    memory_per_worker: int | None,
     micro_batch_size: int,
     largest: int | None,
-    whole_share: int,
+    samples_per_worker: int,
     queued: int,
 ) -> str:
     """Format the peak memory of a worker by part.
@@ -103,10 +103,10 @@ def format_memory(
     Args:
         estimate: the estimate.
         device: device of the workers.
-        share: memory of a worker in bytes; None if unknown.
+        memory_per_worker: memory of a worker in bytes; None if unknown.
         micro_batch_size: samples of a micro-batch.
         largest: largest micro-batch that fits; None if unknown.
-        whole_share: samples of a global batch that a worker has, the largest micro-batch there is.
+        samples_per_worker: samples of a global batch that a worker has, the largest micro-batch there is.
         queued: bytes of micro-batches that are queued for a worker.
     """
     parts: Sequence[tuple[str, int]] = (
@@ -122,10 +122,11 @@ def format_memory(
     if estimate.host:
         host.append(f"offloaded states {format_bytes(estimate.host)}")
     lines.append(f"  host memory of a worker, besides its process: {', '.join(host)}")
-    if share:
-        fits = f"largest that fits into {format_bytes(share)}: {largest}" if largest else "no micro-batch fits"
-        if largest == whole_share:
-            fits = f"all {largest} samples of a worker (global_batch_size / workers) fit into {format_bytes(share)}"
+    if memory_per_worker:
+        limit = format_bytes(memory_per_worker)
+        fits = f"largest that fits into {limit}: {largest}" if largest else "no micro-batch fits"
+        if largest == samples_per_worker:
+            fits = f"all {largest} samples of a worker (global_batch_size / workers) fit into {limit}"
         lines.append(f"  micro_batch_size: {micro_batch_size}; {fits}")
     return "\n".join(lines)
 

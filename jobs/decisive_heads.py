@@ -48,21 +48,21 @@ def choose_heads(job: Job, folder: Path, settings: DecisiveHeads) -> Job:
     """
     assert isinstance(job.model.cmai, CMAI)
     checkpoint = str(job.model.checkpoint)
-    kept = {"settings": json.loads(json.dumps(asdict(settings))), "checkpoint": checkpoint}
+    source = {"settings": json.loads(json.dumps(asdict(settings))), "checkpoint": checkpoint}
     path = folder / HEADS_FILE
-    found = json.loads(path.read_text()) if path.exists() else {}
+    stored = json.loads(path.read_text()) if path.exists() else {}
     # A resumed run has the same heads, also if rounding on another device would rank them differently.
-    if {name: found.get(name) for name in kept} != kept:
+    if {name: stored.get(name) for name in source} != source:
         print(f"{job.name}: measuring the heads of {checkpoint} on {settings.samples} samples of {settings.data}")
         examples = list(read_examples(job, settings))
         gpus = job.gpu_share if cluster.count_gpus() else 0
         importance, problem = ray.get(ray.remote(num_gpus=gpus)(_measure).remote(checkpoint, examples))
         if problem:
             raise ValueError(f"decisive_heads: {problem}")
-        found = kept | {"heads": list(select_heads(importance, settings.share)), "importance": importance.tolist()}
+        stored = source | {"heads": list(select_heads(importance, settings.share)), "importance": importance.tolist()}
         folder.mkdir(parents=True, exist_ok=True)
-        storage.write(str(path), json.dumps(found).encode())
-    return replace(job, model=replace(job.model, cmai=replace(job.model.cmai, heads=tuple(found["heads"]))))
+        storage.write(str(path), json.dumps(stored).encode())
+    return replace(job, model=replace(job.model, cmai=replace(job.model.cmai, heads=tuple(stored["heads"]))))
 
 
 def read_examples(job: Job, settings: DecisiveHeads) -> Iterator[Example]:
@@ -86,8 +86,8 @@ def read_examples(job: Job, settings: DecisiveHeads) -> Iterator[Example]:
 
 
 def _make_example(location: str, record: Mapping[str, Any], image: bytes | None) -> Example:
-    first = read_first_question(location, record)
-    return first["question"], image, first["answer"]
+    fields = read_first_question(location, record)
+    return fields["question"], image, fields["answer"]
 
 
 def _measure(checkpoint: str, examples: list[Example]) -> tuple[Any, str]:

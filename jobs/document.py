@@ -92,7 +92,7 @@ def build(tree: Any, schema: type[T], source: str) -> T:
 def write(value: Any) -> str:
     """Write a dataclass tree as YAML with all defaults; `read` reads an equal tree back."""
     tree = _get_adapter(type(value)).dump_python((value,), mode="json")[0]
-    return yaml.dump(tree, Dumper=_Dumper, sort_keys=False, allow_unicode=True, width=120)
+    return yaml.dump(tree, Dumper=_JobDumper, sort_keys=False, allow_unicode=True, width=120)
 
 
 def write_plain(value: Any) -> Any:
@@ -159,11 +159,11 @@ for _tag in ("int", "float"):
     _Loader.add_constructor(f"tag:yaml.org,2002:{_tag}", _Loader.construct_number)
 
 
-class _Dumper(yaml.SafeDumper):
+class _JobDumper(yaml.SafeDumper):
     """Dumper for `_Loader`: it quotes text that `_Loader` would read as a number."""
 
 
-for _class in (_Loader, _Dumper):
+for _class in (_Loader, _JobDumper):
     _class.add_implicit_resolver("tag:yaml.org,2002:float", _EXPONENT, list("-+.0123456789"))
 _Loader.yaml_implicit_resolvers = {
     first: [(tag, pattern) for tag, pattern in resolvers if tag != "tag:yaml.org,2002:timestamp"]
@@ -244,10 +244,9 @@ def _describe(error: ValidationError, tree: Any, schema: type) -> Iterator[str]:
     for location, detail in details.items():
         problem = _describe_problem(detail, location, schema)
         # The error of a dataclass's own check starts with the name of a field, which continues the path.
-        of_field = detail["type"] == "value_error" and problem.partition(":")[0].partition(".")[0] in list_field_names(
-            find_type(schema, location)
-        )
-        separator = "." if of_field else ": "
+        field_name = problem.partition(":")[0].partition(".")[0]
+        is_field_error = detail["type"] == "value_error" and field_name in list_field_names(find_type(schema, location))
+        separator = "." if is_field_error else ": "
         dotted = ".".join(str(key) for key in location)
         yield f"{dotted + separator if dotted else ''}{problem}"
 

@@ -12,7 +12,7 @@ from tempfile import TemporaryDirectory
 
 from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
-from jobs import claims, document, schema
+from jobs import document, ownership, schema
 from jobs.layout import locate_sets
 from jobs.model_parts import find_assembled
 from jobs.run import TOKENIZER, list_word_sets, plan_stages, train_tokenizer
@@ -74,7 +74,7 @@ def belongs_to_run(job: Job, folder: Path) -> bool:
     """Return True if the run folder has this job: samples and weights in it are those that the job would make."""
     if not (folder / JOB_FILE).exists():
         return False
-    changes = claims.find_changes(folder / JOB_FILE, job)
+    changes = ownership.find_changes(folder / JOB_FILE, job)
     return not any(
         is_in_sections(key, SECTIONS_OF_TRAINING) and not is_in_sections(key, KEYS_WITHOUT_EFFECT) for key in changes
     )
@@ -83,8 +83,7 @@ def belongs_to_run(job: Job, folder: Path) -> bool:
 def open_sets(job: Job, folder: Path) -> dict[str, Shards]:
     """Open the sets on which the stages of a job train, by name. Sets that are not made yet are opened as records."""
     urls = locate_sets(job, folder)
-    used = {name for stage in job.train.values() for name in stage.mixture}
-    return {name: _open_set(job, folder, name, urls[name]) for name in urls if name in used}
+    return {name: _open_set(job, folder, name, url) for name, url in urls.items() if name in job.trained_sets}
 
 
 def _open_set(job: Job, folder: Path, name: str, url: str) -> Shards:
@@ -97,8 +96,8 @@ def _open_set(job: Job, folder: Path, name: str, url: str) -> Shards:
     if source is None or is_finished(url):
         return Shards(url)
     options = ShardOptions(**{field.name: getattr(source, field.name) for field in fields(ShardOptions)})
-    opened = RecordSource(source)
-    return UnmadeShards(opened, opened.images, options)
+    record_source = RecordSource(source)
+    return UnmadeShards(record_source, record_source.images, options)
 
 
 def _find_tokenizers(
@@ -107,11 +106,11 @@ def _find_tokenizers(
     """Find or make the tokenizer of each stage, by its path in the run folder."""
     result = {}
     for path in dict.fromkeys(plan.tokenizer for plan in plans.values()):
-        found = find_tokenizer(job, folder, path)
-        if found is None:
-            found = temporary / path.name
-            _make_tokenizer(job, path, sources).save_pretrained(found)
-        result[path] = found
+        tokenizer = find_tokenizer(job, folder, path)
+        if tokenizer is None:
+            tokenizer = temporary / path.name
+            _make_tokenizer(job, path, sources).save_pretrained(tokenizer)
+        result[path] = tokenizer
     return result
 
 

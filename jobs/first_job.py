@@ -137,6 +137,7 @@ def _write_stages(answers: InitAnswers) -> list[str]:
     own_data = answers.data != EASY_VQA
     captions, conversations = (OWN_SET, OWN_SET) if own_data else ("captions", "conversations")
     rates = "{tower: 1e-3, projector: 1e-3, language: 1e-3}"
+    # A small model is trained as a whole, from sizes; without easy-VQA there are no captions for its tower.
     if answers.model == SMALL_MODEL and own_data:
         return _write_stage(
             "instruct", answers, conversations, rates, "vicuna_bare", 10, 32, ("max_length: 512", "beta2: 0.95")
@@ -156,15 +157,23 @@ def _write_stages(answers: InitAnswers) -> list[str]:
                 ("beta2: 0.95", "save_steps: 500", "max_rounds: 3"),
             ),
         ]
+    # Pretrained parts get a projector first; a LLaVA is only tuned further, with adapters.
     memory = ("precision: bf16", "activation_checkpointing: true") if answers.gpus else ("precision: fp32",)
     if answers.parts:
-        whole = (*memory, "zero_stage: 3") if answers.gpus else memory
+        sharded_memory = (*memory, "zero_stage: 3") if answers.gpus else memory
         choice = "" if answers.model in LARGE_MODELS else "  # or chat, the chat template of the language model"
         template = f"vicuna_v1{choice}"
         return [
             *_write_stage("pretrain", answers, captions, "{projector: 1e-3}", "plain", 1, 256, memory),
             *_write_stage(
-                "instruct", answers, conversations, "{projector: 2e-5, language: 2e-5}", template, 1, 128, whole
+                "instruct",
+                answers,
+                conversations,
+                "{projector: 2e-5, language: 2e-5}",
+                template,
+                1,
+                128,
+                sharded_memory,
             ),
         ]
     adapters = ("lora: {rank: 128, alpha: 256}  # adapters instead of all weights; null trains the weights", *memory)

@@ -159,11 +159,11 @@ def ask_images(dialog: Dialog, data: str) -> tuple[str, Counter[str], int, int]:
         The folder, counts of rejected records by reason, number of records, and number of those that were checked.
     """
     source = RecordSource(SetSource(source=data))
-    first = list(itertools.islice(source, MAX_CHECKED_RECORDS))
-    images, rejected = source.images, count_rejections(first, source.images)[0]
-    if any(entry.image is None for entry in first):
-        images, rejected = dialog.ask("Folder of the images", images, lambda text: check_images(text, first))
-    return images, rejected, sum(1 for _ in source), len(first)
+    entries = list(itertools.islice(source, MAX_CHECKED_RECORDS))
+    images, rejected = source.images, count_rejections(entries, source.images)[0]
+    if any(entry.image is None for entry in entries):
+        images, rejected = dialog.ask("Folder of the images", images, lambda text: check_images(text, entries))
+    return images, rejected, sum(1 for _ in source), len(entries)
 
 
 def parse_data(text: str) -> str:
@@ -178,8 +178,8 @@ def parse_data(text: str) -> str:
     except ValueError as error:
         # The set easy-vqa is allowed here as well; the error may end with advice.
         raise ValueError(str(error).replace(", allowed: ", f", allowed: {EASY_VQA}, ", 1)) from None
-    first = list(itertools.islice(source, MAX_CHECKED_RECORDS))
-    rejections = [entry.rejection or records.find_rejection(entry.record, None) for entry in first]
+    entries = list(itertools.islice(source, MAX_CHECKED_RECORDS))
+    rejections = [entry.rejection or records.find_rejection(entry.record, None) for entry in entries]
     if all(rejections):
         reason = f"{rejections[0].field} {rejections[0].explanation}" if rejections[0] else "it has no records"
         raise ValueError(

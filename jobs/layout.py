@@ -27,8 +27,8 @@ ADAPTER_FILE = "adapter_config.json"
 
 def locate_sets(job: Job, folder: Path) -> dict[str, str]:
     """Locate each set of shards, both those that the job makes and those that it names, in a run folder."""
-    made = {name: str(folder / SHARDS_DIR / name) for name in (*job.generated_sets, *job.data.make)}
-    return made | job.data.sets
+    own_sets = {name: str(folder / SHARDS_DIR / name) for name in (*job.generated_sets, *job.data.make)}
+    return own_sets | job.data.sets
 
 
 def locate_tasks(job: Job, folder: Path) -> dict[TaskName, TaskSettings]:

@@ -53,7 +53,7 @@ ENCODE_BATCH_SIZE = 4
 """Images that the tower encodes together: little memory beside its weights."""
 
 
-class Encoder(NamedTuple):
+class PreviewEncoder(NamedTuple):
     """Image tower of a stage, or the reason why no patches are shown.
 
     Args:
@@ -157,7 +157,8 @@ def _without_steps(stage: StageView) -> StageView:
     """Leave out the steps of a stage that no job has."""
     facts = {name: value for name, value in stage.facts.items() if name != "steps"}
     sets = tuple(
-        replace(shown, samples=tuple(replace(sample, position="") for sample in shown.samples)) for shown in stage.sets
+        replace(set_view, samples=tuple(replace(sample, position="") for sample in set_view.samples))
+        for set_view in stage.sets
     )
     return replace(stage, facts=facts, sets=sets)
 
@@ -196,13 +197,13 @@ def _view_stage(job: Job, folder: Path, work: StageWork, samples: int, seed: int
     encoder = find_encoder(job, folder, plan)
     sets = []
     for name, shards in reader.sources.items():
-        drawn = list(draw_samples(reader, name, samples, seed, work.steps))
-        pictures = draw_pictures(encoder.model, drawn)
+        drawn_samples = list(draw_samples(reader, name, samples, seed, work.steps))
+        pictures = draw_pictures(encoder.model, drawn_samples)
         views = tuple(
             view_sample(sample, reader, template, plan.image_tokens, plan.stage.max_length, picture)
-            for sample, picture in zip(drawn, pictures, strict=True)
+            for sample, picture in zip(drawn_samples, pictures, strict=True)
         )
-        sets.append(SetView(name=name, facts=_describe_set(plan, name, shards, len(drawn)), samples=views))
+        sets.append(SetView(name=name, facts=_describe_set(plan, name, shards, len(drawn_samples)), samples=views))
     return StageView(
         name=plan.name,
         facts=_describe_stage(work, encoder),
@@ -211,15 +212,15 @@ def _view_stage(job: Job, folder: Path, work: StageWork, samples: int, seed: int
     )
 
 
-def _describe_set(plan: StagePlan, name: str, shards: Shards, drawn: int) -> tuple[str, ...]:
+def _describe_set(plan: StagePlan, name: str, shards: Shards, num_drawn: int) -> tuple[str, ...]:
     shares = plan.stage.mixture
     share = f"{page.format_percent(shares[name] / sum(shares.values()))} of each batch" if len(shares) > 1 else ""
     where = "not made yet: its records are read" if isinstance(shards, UnmadeShards) else shards.folder
-    facts = (f"{drawn} of {len(shards):,} samples", share, where)
+    facts = (f"{num_drawn} of {len(shards):,} samples", share, where)
     return tuple(filter(None, facts))
 
 
-def _describe_stage(work: StageWork, encoder: Encoder) -> dict[str, str]:
+def _describe_stage(work: StageWork, encoder: PreviewEncoder) -> dict[str, str]:
     """Describe the settings that decide what a sample becomes."""
     plan, stage, tokenizer = work.plan, work.plan.stage, work.reader.get_tokenizer()
     facts: dict[str, str] = {"objective": stage.objective}
@@ -263,21 +264,21 @@ def look_at_set(source: str, name: str, samples: int, seed: int) -> StageView:
 # --- pictures of patches ---------------------------------------------------------------------------------------------
 
 
-def find_encoder(job: Job, folder: Path, plan: StagePlan) -> Encoder:
+def find_encoder(job: Job, folder: Path, plan: StagePlan) -> PreviewEncoder:
     """Find the image tower that shows which patches a stage keeps: that after it, or else that with which it starts."""
     if plan.stage.objective == "contrastive":
-        return Encoder(None, "the contrastive objective sees all patches")
+        return PreviewEncoder(None, "the contrastive objective sees all patches")
     try:
         return _load_encoder(job, folder, plan)
     except (OSError, ValueError) as error:
-        return Encoder(None, f"not shown, because the tower cannot be loaded: {' '.join(str(error).split())}")
+        return PreviewEncoder(None, f"not shown, because the tower cannot be loaded: {' '.join(str(error).split())}")
 
 
-def _load_encoder(job: Job, folder: Path, plan: StagePlan) -> Encoder:
+def _load_encoder(job: Job, folder: Path, plan: StagePlan) -> PreviewEncoder:
     config = _configure(job, folder)
     patches, tokens = config.num_patches, config.num_visual_tokens
     if patches == tokens:
-        return Encoder(None, f"all {patches:,} are kept")
+        return PreviewEncoder(None, f"all {patches:,} are kept")
     counts = f"{patches:,} become {tokens:,} tokens"
     # What the run has trained so far.
     if belongs_to_run(job, folder):
@@ -285,18 +286,20 @@ def _load_encoder(job: Job, folder: Path, plan: StagePlan) -> Encoder:
             model = locate_model(job, folder, name)
             if is_complete(model) and storage.is_local(model):
                 source = "checkpoint" if job.train[name].objective == "language" else "tower"
-                return Encoder(load_image_encoder(config, **{source: model}), f"{counts}, by the model after {name}")
+                return PreviewEncoder(
+                    load_image_encoder(config, **{source: model}), f"{counts}, by the model after {name}"
+                )
     if assembled := model_parts.find_assembled(job, folder):
-        return Encoder(load_image_encoder(config, checkpoint=assembled), f"{counts}, by the pretrained tower")
+        return PreviewEncoder(load_image_encoder(config, checkpoint=assembled), f"{counts}, by the pretrained tower")
     # Weights of whole models are large, so they are read only where they are.
     weights: Any = job.model.checkpoint or job.model.tower
     if not isinstance(weights, str):
-        return Encoder(None, f"{counts}; not shown, because the tower is not trained yet")
+        return PreviewEncoder(None, f"{counts}; not shown, because the tower is not trained yet")
     if not Path(weights).is_dir():
-        return Encoder(None, f"{counts}; not shown, because {weights} is not a local folder")
+        return PreviewEncoder(None, f"{counts}; not shown, because {weights} is not a local folder")
     if job.model.checkpoint:
-        return Encoder(load_image_encoder(config, checkpoint=weights), f"{counts}, by the checkpoint")
-    return Encoder(load_image_encoder(config, tower=weights), f"{counts}, by the pretrained tower")
+        return PreviewEncoder(load_image_encoder(config, checkpoint=weights), f"{counts}, by the checkpoint")
+    return PreviewEncoder(load_image_encoder(config, tower=weights), f"{counts}, by the pretrained tower")
 
 
 def _configure(job: Job, folder: Path) -> ReduxConfig:

@@ -11,7 +11,7 @@ import torch
 from huggingface_hub.errors import StrictDataclassError
 from transformers import AutoModelForImageTextToText, AutoTokenizer, PreTrainedTokenizerBase
 
-from jobs import claims
+from jobs import ownership
 from jobs.schema import Job
 from pipelines.core import failures, storage
 from pipelines.core.settings import KEYS_WITHOUT_EFFECT, is_in_sections
@@ -75,7 +75,7 @@ def find_assembled(job: Job, folder: Path) -> Path | None:
         return None
     # The file has absolute paths.
     located = replace(job, model=locate_parts(job.model))
-    keys = claims.find_changes(folder / JOB_FILE, located)
+    keys = ownership.find_changes(folder / JOB_FILE, located)
     changed = [key for key in keys if not is_in_sections(key, KEYS_WITHOUT_EFFECT)]
     outdated = any(key.partition(".")[0] == "model" for key in changed)
     return None if outdated and not metrics.read_stages(folder) else assembled

@@ -73,11 +73,11 @@ def _read_evaluated(folder: Path) -> EvaluatedModel | None:
     job = yaml.safe_load((folder / JOB_FILE).read_text(encoding="utf-8"))
     stages = list_stage_models(job, folder) if isinstance(job, dict) else []
     models = [*stages[-1:], *([str(provenance["model"])] if "model" in provenance else [])]
-    found = next((model for model in models if storage.exists(storage.join(model, CONFIG_FILE))), None)
-    if found is None:
+    model_path = next((model for model in models if storage.exists(storage.join(model, CONFIG_FILE))), None)
+    if model_path is None:
         return None
     return EvaluatedModel(
-        model=found,
+        model=model_path,
         template=provenance.get("template"),
         image_aspect_ratio=provenance.get("image_aspect_ratio"),
         allow_mismatch=True,

@@ -87,10 +87,10 @@ def resolve_data(data: Data, folder: Path) -> Data:
                 raise ValueError(f"data.sets.{name}: no shards here, {INDEX_FILE} is missing; {error}") from None
             make[name] = SetSource(source=url)
             del sets[name]
-    made = {name: str(folder / SHARDS_DIR / name) for name in make if name not in sets}
+    own_sets = {name: str(folder / SHARDS_DIR / name) for name in make if name not in sets}
     return replace(
         data,
-        sets={name: storage.make_absolute(url) for name, url in (sets | made).items()},
+        sets={name: storage.make_absolute(url) for name, url in (sets | own_sets).items()},
         make={name: _resolve_source(name, source) for name, source in make.items()},
         features={name: storage.make_absolute(url) for name, url in data.features.items()},
     )

@@ -1,6 +1,6 @@
 """Run a job phase by phase, from images to report. Finished phases are skipped.
 
-runs/NAME/job.yaml        resolved job; jobs/claims.py decides which settings may still change
+runs/NAME/job.yaml        resolved job; jobs/ownership.py decides which settings may still change
 runs/NAME/progress.jsonl  {"step", "wall_s"} of each finished phase, which the next start reads; {"interrupted",
                            "wall_s"} of one that did not finish
 runs/NAME/shards/SET/     sets of easy-VQA, those of them that a stage uses
@@ -22,14 +22,14 @@ from dataclasses import fields, replace
 from pathlib import Path
 from typing import Any
 
-import ray
 import tenacity
 from transformers import PreTrainedTokenizerFast
 
-from jobs import claims, model_parts, report, schema
+from jobs import model_parts, ownership, report, schema
 from jobs.asking import describe_asking
 from jobs.layout import locate_job_checkpoints, locate_sets, locate_tasks
 from jobs.resolve import resolve_job
+from jobs.resources import find_shortage
 from jobs.schema import Job
 from pipelines.core import cluster, failures, interrupts, jsonl, storage
 from pipelines.data import easy_vqa, quarantine, records, shard_index, shard_writer
@@ -38,6 +38,7 @@ from pipelines.data.sources.opened import RecordSource
 from pipelines.evaluation import evaluate, tasks
 from pipelines.evaluation.held_out_questions import write_held_out_questions
 from pipelines.report.environment import record_environment
+from pipelines.report.run_report import REPORT_FILE
 from pipelines.report.scores import describe_scores
 from pipelines.training import driver, ledger
 from pipelines.training.files import ASSEMBLED_FOLDER, PROGRESS_FILE, RESULT_FILE, SCORES_FILE
@@ -55,8 +56,8 @@ def run(
     folder: Path,
     allow_changes: bool = False,
     until: str | None = None,
-    watch: driver.StopCallback | None = None,
-    patience_s: float = 0,
+    should_stop: driver.StopCallback | None = None,
+    lock_timeout_s: float = 0,
 ) -> None:
     """Run the unfinished phases of a job in its run folder.
 
@@ -66,8 +67,8 @@ def run(
         allow_changes: continue even if finished phases used other settings, or checkpoints have other data or another
             model.
         until: last phase to run; None runs all.
-        watch: called during training, see `pipelines.training.driver`.
-        patience_s: seconds to wait for another process that works on this run.
+        should_stop: called during training, see `pipelines.training.driver`.
+        lock_timeout_s: seconds to wait for another process that works on this run.
 
     Raises:
         ValueError: the job cannot run here, settings changed that finished phases used, or another process works on
@@ -77,26 +78,26 @@ def run(
     folder = folder.resolve()
     job = resolve_job(job, folder)
     group = driver.WorkerGroup()
-    work = list_phases(job, folder, allow_changes, watch, group)
+    phases = list_phases(job, folder, allow_changes, should_stop, group)
     if until:
-        names = list(work)
-        work = {name: work[name] for name in names[: names.index(until) + 1]}
+        names = list(phases)
+        phases = {name: phases[name] for name in names[: names.index(until) + 1]}
     # Read first without the lock and without Ray: to repeat the command of a finished run costs seconds.
-    changes = claims.Claim.from_folder(folder, job).find_changes(allow_changes)
-    if not changes and not work.keys() - _list_finished(job, folder):
+    changes = ownership.FolderOwnership.from_folder(folder, job).find_changes(allow_changes)
+    if not changes and not phases.keys() - _list_finished(job, folder):
         print(_describe_result(job, folder, until))
         return
-    claims.make_folder(folder)
-    with run_lock(folder, patience_s):
+    ownership.make_folder(folder)
+    with run_lock(folder, lock_timeout_s):
         # Another process may have worked on this run until now, so its progress is read again.
-        claims.Claim.from_folder(folder, job).enforce(allow_changes)
-        done = _list_finished(job, folder)
-        remaining = {name: phase for name, phase in work.items() if name not in done}
+        ownership.FolderOwnership.from_folder(folder, job).enforce(allow_changes)
+        finished_phases = _list_finished(job, folder)
+        remaining = {name: phase for name, phase in phases.items() if name not in finished_phases}
         if not remaining:
             print(_describe_result(job, folder, until))
             return
-        if done:
-            print(f"{job.name} continues with {next(iter(remaining))}; finished: {', '.join(done)}")
+        if finished_phases:
+            print(f"{job.name} continues with {next(iter(remaining))}; finished: {', '.join(finished_phases)}")
         # All that can fail for a mistake of the user fails before Ray starts.
         _check_stored_images(job, folder)
         _check_features(job, folder)
@@ -118,7 +119,7 @@ def _describe_result(job: Job, folder: Path, until: str | None) -> str:
     if until:
         return f"{job.name} has finished {until}: {folder}"
     lines = [
-        f"{job.name} is finished; its report: {folder / 'report.html'}",
+        f"{job.name} is finished; its report: {folder / REPORT_FILE}",
         *(f"    {line}" for line in describe_scores(folder)),
         describe_asking(job, folder),
     ]
@@ -147,7 +148,7 @@ def _run_phases(phases: Mapping[str, Callable[[], None]], progress: Path, starte
         started_at = ended_at
 
 
-def _check_resources(job: Job, steps_left: Collection[str]) -> None:
+def _check_resources(job: Job, remaining_phases: Collection[str]) -> None:
     """Check that a Ray of this machine alone has the CPUs and GPUs of all unfinished phases; they would wait forever.
 
     This runs before the first phase, so that nothing is refused after hours of work.
@@ -155,23 +156,23 @@ def _check_resources(job: Job, steps_left: Collection[str]) -> None:
     Raises:
         ValueError: resources are missing; the text names numbers that fit.
     """
-    if not cluster.is_private():
-        return  # An autoscaler or the end of another job may bring what is missing
-    max_processes = cluster.count_model_processes(job.gpu_share)
-    trains = bool(job.train.keys() & set(steps_left))
-    fewest = job.worker_range[0] if trains and job.worker_range else 1
-    actors = job.evaluate.num_actors if job.evaluate and "evaluate" in steps_left else 1
-    advice = []
-    if fewest > max_processes:
-        advice.append(f"num_workers={count_shared_workers(job.train.values(), max_processes)}")
-    if isinstance(actors, int) and actors > max_processes:
-        advice.append(f"evaluate.num_actors={max_processes}")
-    if not advice:
+    # Counts that the job leaves open are chosen later, so that they fit.
+    workers = actors = 0
+    if job.train.keys() & set(remaining_phases):
+        workers, _ = job.worker_range or (1, 1)
+    if job.evaluate and "evaluate" in remaining_phases:
+        actors = 1 if job.evaluate.num_actors == "auto" else job.evaluate.num_actors
+    shortage = find_shortage(job, workers, actors)
+    if shortage is None:
         return
-    resource, per_process = ("GPU", job.gpu_share) if cluster.count_gpus() else ("CPU", 1)
-    needed = max(fewest, actors if isinstance(actors, int) else 1) * per_process
-    available = ray.cluster_resources().get(resource, 0)
-    raise ValueError(f"{job.name}: needs {needed:g} {resource}s, found {available:g}; set {' '.join(advice)}, or auto")
+    max_processes = cluster.count_model_processes(job.gpu_share)
+    advice = []
+    if workers > max_processes:
+        advice.append(f"num_workers={count_shared_workers(job.train.values(), max_processes)}")
+    if actors > max_processes:
+        advice.append(f"evaluate.num_actors={max_processes}")
+    hint = f"; set {' '.join(advice)}, or auto" if advice else ""
+    raise ValueError(f"{job.name}: needs {shortage.needed:g} {shortage.resource}s, found {shortage.available:g}{hint}")
 
 
 def _start_workers_early(
@@ -188,19 +189,19 @@ def _start_workers_early(
 
 
 @contextmanager
-def run_lock(folder: Path, patience_s: float = 0) -> Iterator[None]:
+def run_lock(folder: Path, lock_timeout_s: float = 0) -> Iterator[None]:
     """Lock a run folder against other processes.
 
     Args:
         folder: run folder.
-        patience_s: seconds to wait for a process that holds the lock.
+        lock_timeout_s: seconds to wait for a process that holds the lock.
 
     Raises:
         ValueError: another process still holds the lock.
     """
     retrying = tenacity.Retrying(
         retry=tenacity.retry_if_exception_type(BlockingIOError),
-        stop=tenacity.stop_after_delay(patience_s),
+        stop=tenacity.stop_after_delay(lock_timeout_s),
         wait=tenacity.wait_fixed(0.5),
         reraise=True,
     )
@@ -217,15 +218,17 @@ def list_phases(
     job: Job,
     folder: Path,
     allow_changes: bool = False,
-    watch: driver.StopCallback | None = None,
+    should_stop: driver.StopCallback | None = None,
     group: driver.WorkerGroup | None = None,
 ) -> dict[str, Callable[[], None]]:
-    """List the phases of a job by name, in order: shards, questions, assemble, each training stage, evaluate, report.
+    """List the phases of a job by name, in their order.
+
+    They are shards, questions, the stages that train a tower alone, assemble, the other stages, evaluate and report.
 
     Args:
         job: the job, resolved.
         folder: run folder.
-        allow_changes, watch: as for `run`.
+        allow_changes, should_stop: as for `run`.
         group: workers that train all stages. None starts new ones for each.
 
     Raises:
@@ -245,11 +248,11 @@ def list_phases(
     trains_parts = job.model.has_pretrained_language
     towers = [plan for plan in stages.values() if trains_parts and plan.stage.objective == "contrastive"]
     plans = [plan for plan in stages.values() if plan not in towers]
-    result |= _list_stages(towers, watch, group)
+    result |= _list_stages(towers, should_stop, group)
     if trains_parts and job.train:
         trained = towers[-1].result if towers else None
         result["assemble"] = lambda: model_parts.assemble_parts(job, folder / ASSEMBLED_FOLDER, trained)
-    result |= _list_stages(plans, watch, group)
+    result |= _list_stages(plans, should_stop, group)
     settings = job.evaluate
 
     def run_evaluation(settings: tasks.Evaluate) -> None:
@@ -266,13 +269,13 @@ def list_phases(
 
 
 def _list_stages(
-    plans: Sequence[StagePlan], watch: driver.StopCallback | None, group: driver.WorkerGroup | None
+    plans: Sequence[StagePlan], should_stop: driver.StopCallback | None, group: driver.WorkerGroup | None
 ) -> dict[str, Callable[[], None]]:
     """List the phases of stages that the same workers can train one after the other."""
     # Workers stay for the later stages, which then start without loading torch again.
     return {
         plan.name: functools.partial(
-            driver.train_stage, plan, should_stop=watch, group=group, later=plans[number:] if group else ()
+            driver.train_stage, plan, should_stop=should_stop, group=group, later=plans[number:] if group else ()
         )
         for number, plan in enumerate(plans, start=1)
     }
@@ -402,9 +405,9 @@ def _make_shards(job: Job, sets: dict[str, str], tokenizer: Path) -> None:
     """Make the sets of the job and, for a model or a tower that is built from sizes, a tokenizer."""
     for name, source in job.data.make.items():
         options = ShardOptions(**{field.name: getattr(source, field.name) for field in fields(ShardOptions)})
-        opened = RecordSource(source)
+        record_source = RecordSource(source)
         try:
-            shard_writer.make_shards(opened, opened.images, sets[name], options)
+            shard_writer.make_shards(record_source, record_source.images, sets[name], options)
         except quarantine.QuarantineError as error:
             print("\n".join(error.rejections.explain()))
             raise
@@ -415,11 +418,11 @@ def _make_shards(job: Job, sets: dict[str, str], tokenizer: Path) -> None:
     if job.model.is_pretrained:
         return  # Pretrained parts bring their tokenizer
     # Its words are those of all sets, also of sets that earlier commands made.
-    mixed = list_word_sets(job)
-    others = [shard_index.Shards(sets[name]).iterate_records() for name in sorted(mixed - generated.keys())]
-    made = [set_records for name, set_records in generated.items() if name in mixed]
+    word_sets = list_word_sets(job)
+    stored_records = [shard_index.Shards(sets[name]).iterate_records() for name in sorted(word_sets - generated.keys())]
+    generated_records = [set_records for name, set_records in generated.items() if name in word_sets]
     with failures.locate_errors(tokenizer):
-        train_tokenizer(job, [*made, *others]).save_pretrained(tokenizer)
+        train_tokenizer(job, [*generated_records, *stored_records]).save_pretrained(tokenizer)
 
 
 def list_word_sets(job: Job) -> set[str]:

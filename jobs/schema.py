@@ -76,8 +76,8 @@ class Job:
             )
         if not self.train and not (self.model.checkpoint and self.evaluate):
             raise ValueError("train: got no stages, allowed: at least one, or none with model.checkpoint and evaluate")
-        if self.data.source and (taken := set(self.data.set_names) & set(EASY_VQA_SETS)):
-            raise ValueError(f"data.sets: got {min(taken)}, allowed: other names than {', '.join(EASY_VQA_SETS)}")
+        if self.data.source and (reserved := set(self.data.set_names) & set(EASY_VQA_SETS)):
+            raise ValueError(f"data.sets: got {min(reserved)}, allowed: other names than {', '.join(EASY_VQA_SETS)}")
         # Each check sees the whole job: what a stage may be depends on the others and on the model.
         self._check_objectives()
         self._check_held_out()
@@ -95,8 +95,12 @@ class Job:
     @property
     def generated_sets(self) -> tuple[str, ...]:
         """Names of the sets that the job makes from its source: those that a stage trains on."""
-        used = {name for stage in self.train.values() for name in stage.mixture}
-        return tuple(name for name in EASY_VQA_SETS if name in used) if self.data.source else ()
+        return tuple(name for name in EASY_VQA_SETS if name in self.trained_sets) if self.data.source else ()
+
+    @property
+    def trained_sets(self) -> set[str]:
+        """Names of the sets on which stages train."""
+        return {name for stage in self.train.values() for name in stage.mixture}
 
     @property
     def evaluation_tasks(self) -> Mapping[TaskName, TaskSettings]:

@@ -22,8 +22,8 @@ def score(arguments: argparse.Namespace) -> None:
         _score_own_questions(arguments)
         return
     if arguments.task not in (*BENCHMARKS, INSTRUCTIONS_TASK):
-        known = f"{', '.join(BENCHMARKS)}, {INSTRUCTIONS_TASK}, or --metric for questions of your own"
-        raise ValueError(f"TASK: got {arguments.task or 'none'}, allowed: {known}")
+        task_names = f"{', '.join(BENCHMARKS)}, {INSTRUCTIONS_TASK}, or --metric for questions of your own"
+        raise ValueError(f"TASK: got {arguments.task or 'none'}, allowed: {task_names}")
     with_submission = [name for name, benchmark in BENCHMARKS.items() if benchmark.build_submission]
     if arguments.submission and arguments.task not in with_submission:
         raise ValueError(f"--submission: got task {arguments.task}, allowed: {', '.join(with_submission)}")

@@ -30,8 +30,9 @@ from typing import Any
 from optuna.trial import FrozenTrial, TrialState
 from transformers import AutoTokenizer
 
-from jobs import claims, document, model_parts, resolve, run, schema, search_schema, study
+from jobs import document, model_parts, ownership, resolve, run, schema, search_schema, study
 from jobs.layout import require_folder
+from jobs.resources import find_shortage
 from jobs.schema import Job
 from jobs.search_schema import Search
 from jobs.study import SHARED
@@ -63,7 +64,7 @@ SEARCH_MAY_CHANGE_ON_RESUME = (
 LLAMA_VOCABULARY = 32_000
 """Vocabulary size that checks assume until the tokenizer of the job exists."""
 
-PATIENCE_S = 60
+LOCK_TIMEOUT_S = 60
 """Seconds that processes of a killed driver get to release the folder of a trial."""
 
 LOSS_PARTS = 10
@@ -88,7 +89,7 @@ class TrialJobs:
         has_tokenizer = tokenizer is not None and tokenizer.exists()
         self.vocabulary = len(AutoTokenizer.from_pretrained(tokenizer)) if has_tokenizer else LLAMA_VOCABULARY
 
-    def __call__(self, values: Values, name: str = "trial") -> Job:
+    def build(self, values: Values, name: str = "trial") -> Job:
         """Build the job of a trial; ValueError if these values make no job."""
         # Later values win: those of the trial over the file's, and the file's over the counts of this machine.
         changes = self.counts | self.search.fidelity | values
@@ -98,7 +99,7 @@ class TrialJobs:
 
     def forecast(self, values: Values) -> dict[str, float]:
         """Compute the metrics of a trial that are known without running it; ValueError if its values make no job."""
-        config = _build_config(self(values).model, self.vocabulary)
+        config = _build_config(self.build(values).model, self.vocabulary)
         cost = compute_cost(config, self.search.text)
         return {
             "flops": cost.flops,
@@ -141,7 +142,7 @@ def load(path: Path, overrides: Sequence[str] = ()) -> Search:
 
 def _check(search: Search) -> None:
     jobs = TrialJobs(search)
-    job = jobs({})
+    job = jobs.build({})
     for name, values in search.references.items():
         try:
             jobs.forecast(values)
@@ -206,10 +207,10 @@ def run_search(search: Search, folder: Path, allow_changes: bool = False) -> Non
         ValueError: a file cannot be read, or no trial would report an objective. Nothing has run then.
     """
     folder = folder.resolve()
-    job = TrialJobs(search)({})
+    job = TrialJobs(search).build({})
     # A misspelt objective would be noticed only after the first trial.
     _check_metrics(search, job, folder)
-    claims.make_folder(folder)
+    ownership.make_folder(folder)
     with run.run_lock(folder), cluster.open_session():
         _claim(search, folder, allow_changes)
         _check_resources(search, job)
@@ -218,9 +219,9 @@ def run_search(search: Search, folder: Path, allow_changes: bool = False) -> Non
         jobs = TrialJobs(search, shared, _divide_resources(search, job))
         trials = Trials(search, search.name, folder, jobs.forecast)
 
-        def run_trial(trial: TrialSpec, trial_folder: Path, watch: driver.StopCallback) -> dict[str, float]:
-            trial_job = jobs(trial.values, str(trial.number))
-            run.run(trial_job, trial_folder, watch=watch, patience_s=PATIENCE_S)
+        def run_trial(trial: TrialSpec, trial_folder: Path, should_stop: driver.StopCallback) -> dict[str, float]:
+            trial_job = jobs.build(trial.values, str(trial.number))
+            run.run(trial_job, trial_folder, should_stop=should_stop, lock_timeout_s=LOCK_TIMEOUT_S)
             return _read_metrics(trial_job, trial_folder)
 
         # `cleaned` lives as long as the search: the weights of a trial are deleted once.
@@ -247,7 +248,7 @@ def _claim(search: Search, folder: Path, allow_changes: bool) -> None:
 
     has_trials = any((folder / tuning.TRIALS_FOLDER).glob("*"))
     has_trained = bool(metrics.read_stages(folder / SHARED))
-    keys = claims.claim(folder / SEARCH_FILE, search, find_use, allow_changes)
+    keys = ownership.claim(folder / SEARCH_FILE, search, find_use, allow_changes)
     if not has_trials and not all(is_in_sections(key, SEARCH_MAY_CHANGE_ON_RESUME) for key in keys):
         discard_study(search, search.name, folder)
     open_storage(search, folder)  # Reports a wrong `storage` before any work
@@ -268,14 +269,16 @@ def _run_shared_stages(search: Search, folder: Path, allow_changes: bool) -> tup
 def _check_resources(search: Search, job: Job) -> None:
     """Check that a Ray of this machine alone has the resources of the concurrent trials; they would wait forever."""
     trains = len(job.train) > len(search.shared)
-    fewest, most = job.worker_range or (1, 1)
-    actors = 0 if job.evaluate is None else 1 if job.evaluate.num_actors == "auto" else job.evaluate.num_actors
-    training = fewest * (0.5 if fewest == most else 1) if trains else 0
-    setting = f"max_concurrent_trials = {search.max_concurrent_trials}"
-    cluster.require_resources({"CPU": search.max_concurrent_trials * max(training, actors / 2) + 1}, setting)
-    if cluster.count_gpus():
-        workers = max(fewest if trains else 0, actors)
-        cluster.require_resources({"GPU": search.max_concurrent_trials * workers * job.gpu_share}, setting)
+    workers, _ = job.worker_range or (1, 1)
+    actors = 0
+    if job.evaluate:
+        actors = 1 if job.evaluate.num_actors == "auto" else job.evaluate.num_actors
+    shortage = find_shortage(job, workers if trains else 0, actors, search.max_concurrent_trials)
+    if shortage:
+        raise ValueError(
+            f"max_concurrent_trials = {search.max_concurrent_trials} needs {shortage.needed:g} {shortage.resource}s, "
+            f"allowed: {shortage.available:g}, which this machine has"
+        )
 
 
 def _divide_resources(search: Search, job: Job) -> Values:
@@ -320,7 +323,7 @@ def _write_results(trials: Trials, folder: Path, jobs: TrialJobs, cleaned: set[i
         cleaned.add(number)
         trial_folder = folder / tuning.TRIALS_FOLDER / f"{number:04}"
         shutil.rmtree(trial_folder / ASSEMBLED_FOLDER, ignore_errors=True)
-        for plan in run.plan_stages(jobs({}, str(number)), trial_folder).values():
+        for plan in run.plan_stages(jobs.build({}, str(number)), trial_folder).values():
             with suppress(OSError):  # A bucket that cannot be reached must not end the search
                 storage.remove_tree(plan.folder)
 

@@ -164,21 +164,20 @@ def _check_folder(folder: str) -> None:
 def _verify_coverage(folder: str, run: Path) -> tuple[list[str], list[str]]:
     """Check the set against the log of a run; returns confirmations and faults, as lines."""
     job = schema.load(run / JOB_FILE)
-    used = {name for stage in job.train.values() for name in stage.mixture}
-    sets = {name: url for name, url in locate_sets(job, run.resolve()).items() if name in used}
+    sets = {name: url for name, url in locate_sets(job, run.resolve()).items() if name in job.trained_sets}
     # Two names may stand for the same folder, and the log has them separately.
     names = [name for name, url in sets.items() if url == storage.make_absolute(folder)]
     if not names:
         raise ValueError(f"{folder}: {run} did not train on it, allowed: {', '.join(sets.values())}")
     log = run / consumed.CONSUMED_FILE
     samples = len(shard_index.Shards(folder))
-    held = select_held_out(samples, job.data.hold_out, folder).tolist() if job.data.hold_out else []
+    held_out = select_held_out(samples, job.data.hold_out, folder).tolist() if job.data.hold_out else []
     confirmations, faults = list[str](), list[str]()
     if not log.exists():
         raise ValueError(f"{log}: does not exist, allowed: a run that has trained")
     for name in names:
         with log.open("rb") as lines:
-            coverages, errors = consumed.verify_coverage(lines, str(log), name, samples, held)
+            coverages, errors = consumed.verify_coverage(lines, str(log), name, samples, held_out)
         faults += errors
         for coverage in coverages:
             # A lost end of the log would look like an early stop, but the metrics have their own count.
@@ -188,8 +187,8 @@ def _verify_coverage(folder: str, run: Path) -> tuple[list[str], list[str]]:
                 )
             confirmations.append(
                 f"{coverage.stage}: {coverage.steps} steps used {coverage.samples} samples of {name}: each of its "
-                f"{samples - len(held)} once in each of {coverage.epochs} epochs, {coverage.partial_samples} once in "
-                f"the epoch that is not finished; {coverage.replaced} replaced"
-                + (f"; its {len(held)} held-out samples were not used" if held else "")
+                f"{samples - len(held_out)} once in each of {coverage.epochs} epochs, {coverage.partial_samples} once "
+                f"in the epoch that is not finished; {coverage.replaced} replaced"
+                + (f"; its {len(held_out)} held-out samples were not used" if held_out else "")
             )
     return confirmations, faults

@@ -117,14 +117,14 @@ class Study:
 
     def _check_names(self) -> None:
         """Check the names of `repeated` and `applied`."""
-        known = ", ".join(self.variants)
+        variant_names = ", ".join(self.variants)
         if SHARED in self.variants:
             raise ValueError(
                 f"variants: got {SHARED}, allowed: another name, because the run of the shared stages has this one"
             )
         for name in self.repeated or ():
             if name not in self.variants:
-                raise ValueError(f"repeated: got {name}, allowed: {known}")
+                raise ValueError(f"repeated: got {name}, allowed: {variant_names}")
         for name, applied in self.applied.items():
             if name in self.variants:
                 raise ValueError(f"applied: got {name}, which is a variant, allowed: another name")
@@ -136,10 +136,10 @@ class Study:
         if self.applied and not self.job.get("train"):
             raise ValueError(f"applied: got {', '.join(self.applied)}, allowed: none, because job.train has no stages")
         # Before the shared stages a variant has no trained model whose heads could be measured.
-        known = ", ".join([*(self.variants if self.shared else []), *self.applied])
+        measurable_names = ", ".join([*(self.variants if self.shared else []), *self.applied])
         for name in self.decisive_heads.variants if self.decisive_heads else ():
             if name not in self.applied and not (self.shared and name in self.variants):
-                raise ValueError(f"decisive_heads.variants: got {name}, allowed: {known or 'none'}")
+                raise ValueError(f"decisive_heads.variants: got {name}, allowed: {measurable_names or 'none'}")
 
     def list_seeds(self, variant: str) -> tuple[int, ...]:
         """List the seeds of a variant."""
@@ -167,7 +167,7 @@ class Share:
             raise ValueError(f"got {text[:80]}, allowed: K/N with 1 <= K <= N, such as 2/3")
         return cls(int(number), int(total))
 
-    def select(self, study: Study) -> set[str]:
+    def select_runs(self, study: Study) -> set[str]:
         """Select the names of the runs of this share.
 
         Each trained run goes to the share with the fewest runs so far, together with the evaluations that need its
@@ -187,7 +187,8 @@ class Share:
         shares: list[list[str]] = [[] for _ in range(self.total)]
         for variant, seed in [(SHARED, study.seeds[0]), *trained]:
             names = [variant, *(name for name, applied in study.applied.items() if applied.variant == variant)]
-            min(shares, key=len).extend(format_run(name, seed) for name in names if name != SHARED)
+            smallest = min(shares, key=len)
+            smallest.extend(format_run(name, seed) for name in names if name != SHARED)
         return set(shares[self.number - 1])
 
 
@@ -233,21 +234,24 @@ def list_jobs(study: Study, folder: Path, source: str = "study") -> dict[str, Jo
     Raises:
         ValueError: a variant makes no valid job.
     """
-    result, tree = {}, study.job
+    result: dict[str, Job] = {}
+    content = study.job
     if study.shared:
-        seeded = {"seed": study.seeds[0], **tree}
-        result[SHARED] = shared = build_job(seeded, {}, f"{study.name}-{SHARED}", f"{source}: job")
+        seeded = {"seed": study.seeds[0], **content}
+        shared = build_job(seeded, {}, f"{study.name}-{SHARED}", f"{source}: job")
+        result[SHARED] = shared
         check_templates(study.shared, shared.train, source)
         result |= _list_applied(study, seeded, shared, folder, SHARED, study.seeds[0], source)
-        tree = continue_from(tree, study.shared, shared, folder / SHARED)
+        content = continue_from(content, study.shared, shared, folder / SHARED)
     for seed in study.seeds:
         for variant, changes in study.variants.items():
             if seed not in study.list_seeds(variant):
                 continue
             name = format_run(variant, seed)
-            seeded = {"seed": seed, **tree}
+            seeded = {"seed": seed, **content}
             label = f"{source}: variants.{variant}"
-            result[name] = job = build_job(seeded, changes, f"{study.name}-{name}", label)
+            job = build_job(seeded, changes, f"{study.name}-{name}", label)
+            result[name] = job
             if study.shared:
                 check_templates(study.shared, {**result[SHARED].train, **job.train}, label)
             # Evaluations follow the run whose model they need.
@@ -263,10 +267,11 @@ def _check_decisive_heads(study: Study, jobs: Mapping[str, Job], source: str) ->
     for name in settings.variants:
         if not isinstance(jobs[format_run(name, study.seeds[0])].model.cmai, CMAI):
             raise ValueError(f"{source}: decisive_heads.variants: got {name}, allowed: runs that set model.cmai")
-    first = next(iter(jobs.values()))
-    known = [*(EASY_VQA_SETS if first.data.source else ()), *first.data.set_names]
-    if settings.data not in known:
-        raise ValueError(f"{source}: decisive_heads.data: got {settings.data}, allowed: {', '.join(known)}")
+    # All runs of a study have the sets of its job.
+    any_job = next(iter(jobs.values()))
+    set_names = [*(EASY_VQA_SETS if any_job.data.source else ()), *any_job.data.set_names]
+    if settings.data not in set_names:
+        raise ValueError(f"{source}: decisive_heads.data: got {settings.data}, allowed: {', '.join(set_names)}")
 
 
 def check_templates(shared: Sequence[str], stages: Mapping[str, Stage], source: str) -> None:
@@ -387,45 +392,46 @@ def run_study(study: Study, folder: Path, allow_changes: bool = False, share: Sh
     Raises:
         ValueError: as for `jobs.run.run`, or there are more shares than runs.
     """
-    selected = share.select(study)
+    selected = share.select_runs(study)
     # Imported late: a wrong study is reported before torch and Ray are loaded.
-    from jobs import claims, decisive_heads, model_parts, run, tables
+    from jobs import decisive_heads, model_parts, ownership, run, tables
     from pipelines.core import cluster
 
     folder = folder.resolve()
     runs = list_jobs(_share_sets(study, folder), folder)
-    claims.make_folder(folder)
+    ownership.make_folder(folder)
     # Written first: the tables of an unfinished study name its variants, too.
     with failures.locate_errors(folder / STUDY_FILE):
         storage.write(str(folder / STUDY_FILE), document.write(study).encode())
-    work = {name: job for name, job in runs.items() if name == SHARED or name in selected}
-    for job in work.values():
+    selected_jobs = {name: job for name, job in runs.items() if name == SHARED or name in selected}
+    for job in selected_jobs.values():
         model_parts.locate_parts(job.model)  # A missing package is named before Ray starts
-    chosen = study.decisive_heads
-    with_heads = {format_run(name, seed) for name in (chosen.variants if chosen else ()) for seed in study.seeds}
+    heads_settings = study.decisive_heads
+    variants_with_heads = heads_settings.variants if heads_settings else ()
+    with_heads = {format_run(name, seed) for name in variants_with_heads for seed in study.seeds}
     # One Ray for all runs, because its start takes seconds.
     with cluster.open_session():
-        for number, (name, job) in enumerate(work.items(), start=1):
-            print(f"[{number}/{len(work)}] {name}", flush=True)
+        for number, (name, job) in enumerate(selected_jobs.items(), start=1):
+            print(f"[{number}/{len(selected_jobs)}] {name}", flush=True)
             until = study.shared[-1] if name == SHARED else None
-            if chosen and name in with_heads:
-                job = decisive_heads.choose_heads(job, folder / name, chosen)
+            if heads_settings and name in with_heads:
+                job = decisive_heads.choose_heads(job, folder / name, heads_settings)
             # Another share may train the shared stages in the same folder.
-            patience_s = math.inf if name == SHARED and share.total > 1 else 0
-            run.run(job, folder / name, allow_changes, until, patience_s=patience_s)
+            lock_timeout_s = math.inf if name == SHARED and share.total > 1 else 0
+            run.run(job, folder / name, allow_changes, until, lock_timeout_s=lock_timeout_s)
     # Runs of other shares may have no folder here.
     finished = [folder / name for name in runs if name != SHARED and (folder / name).is_dir()]
     tables.write_tables(finished, folder, tables.find_scorer)
     print(_describe_end(study, folder, share, [name for name in runs if name != SHARED and name not in selected]))
 
 
-def _describe_end(study: Study, folder: Path, share: Share, others: Sequence[str]) -> str:
+def _describe_end(study: Study, folder: Path, share: Share, other_runs: Sequence[str]) -> str:
     """Describe the end of a call: the tables, and the runs of other shares that are not finished here."""
-    missing = sum(not (folder / name / RESULT_FILE).exists() for name in others)
-    done = (
+    missing = sum(not (folder / name / RESULT_FILE).exists() for name in other_runs)
+    status = (
         f"{study.name} is finished"
         if share.total == 1
         else f"{study.name}: share {share.number}/{share.total} is finished"
     )
     rest = f"; {missing} runs of other shares are not finished in this folder" if missing else ""
-    return f"{done}{rest}; its tables: {folder / 'tables.html'}"
+    return f"{status}{rest}; its tables: {folder / 'tables.html'}"

@@ -68,11 +68,11 @@ def write_tables(
     families = group_families(finished, notes)
     tables = build_tables(families, samples)
     if lists_missing:
-        shown = [drop_empty_columns(table) for table in tables]
+        printed_tables = [drop_empty_columns(table) for table in tables]
     else:
-        shown = [filled for table in tables if (filled := keep_filled(table)).blocks]
+        printed_tables = [filled for table in tables if (filled := keep_filled(table)).blocks]
     verdicts = judge_claims(families, samples)
-    text = format_markdown(shown, [*comparison.write_summary(tables), *notes], variants, verdicts)
+    text = format_markdown(printed_tables, [*comparison.write_summary(tables), *notes], variants, verdicts)
     if out:
         scorer = find_scorer("instructions")
         prompt_plots = {family.label: compare_prompts(family, scorer) for family in families} if scorer else {}

@@ -57,11 +57,11 @@ def build_pair_parser(form: str) -> Callable[[str], tuple[str, str]]:
     separator = "=" if "=" in form else ":"
 
     def parse_pair(text: str) -> tuple[str, str]:
-        first, _, second = text.rpartition(separator)
+        key, _, value = text.rpartition(separator)
         # The last separator counts, because a domain in a key and an IPv6 network hold the same character.
-        if not first or not second or (form.endswith("PORT") and not second.isdecimal()):
+        if not key or not value or (form.endswith("PORT") and not value.isdecimal()):
             raise argparse.ArgumentTypeError(f"got {text}, allowed: {form}")
-        return first, second
+        return key, value
 
     return parse_pair
 

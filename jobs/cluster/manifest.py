@@ -70,7 +70,7 @@ def write_manifest(job: Job, options: KubernetesOptions) -> str:
         _build_network_policy(job, options),
         _build_ray_job(job, options),
     ]
-    return yaml.dump_all(documents, Dumper=_Dumper, sort_keys=False, allow_unicode=True, width=120)
+    return yaml.dump_all(documents, Dumper=_ManifestDumper, sort_keys=False, allow_unicode=True, width=120)
 
 
 # --- objects ----------------------------------------------------------------------------------------------------------
@@ -309,18 +309,18 @@ def _drop_none(**values: Any) -> Tree:
 # --- YAML -------------------------------------------------------------------------------------------------------------
 
 
-class _Dumper(yaml.SafeDumper):
+class _ManifestDumper(yaml.SafeDumper):
     """Dumper that writes texts of several lines as blocks, and quotes texts that look like numbers or booleans."""
 
     def ignore_aliases(self, data: Any) -> bool:
         return True
 
 
-def _represent_text(dumper: _Dumper, text: str) -> yaml.ScalarNode:
+def _represent_text(dumper: _ManifestDumper, text: str) -> yaml.ScalarNode:
     # Go's and YAML 1.1's readers take more texts for numbers and booleans than PyYAML quotes.
     is_ambiguous = text[:1] in set("+-.0123456789") or text.lower() in ("y", "n")
     style = "|" if "\n" in text else '"' if is_ambiguous else None
     return dumper.represent_scalar("tag:yaml.org,2002:str", text, style=style)
 
 
-_Dumper.add_representer(str, _represent_text)
+_ManifestDumper.add_representer(str, _represent_text)

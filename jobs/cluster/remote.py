@@ -150,14 +150,14 @@ def follow(client: JobSubmissionClient, job_id: str, write_text: Callable[[str],
 
     async def tail() -> None:
         nonlocal printed, failures
-        seen = 0
+        received = 0
         async for text in client.tail_job_logs(job_id):
             # A new connection sends the log from its beginning.
-            new = text[max(printed - seen, 0) :]
-            seen += len(text)
+            new = text[max(printed - received, 0) :]
+            received += len(text)
             if new:
                 write_text(new)
-                printed, failures = seen, 0
+                printed, failures = received, 0
 
     while True:
         try:
@@ -258,14 +258,14 @@ def describe_status(job: JobDetails) -> str:
 
 def _build_row(job: JobDetails) -> tuple[str, ...]:
     """Build the row of a job: id, name, status, start, duration, message."""
-    started = datetime.datetime.fromtimestamp((job.start_time or 0) / 1000).astimezone()
-    ended = datetime.datetime.fromtimestamp(job.end_time / 1000).astimezone() if job.end_time else None
-    duration = (ended or datetime.datetime.now().astimezone()) - started
+    start_time = datetime.datetime.fromtimestamp((job.start_time or 0) / 1000).astimezone()
+    end_time = datetime.datetime.fromtimestamp(job.end_time / 1000).astimezone() if job.end_time else None
+    duration = (end_time or datetime.datetime.now().astimezone()) - start_time
     return (
         job.submission_id or "-",
         find_run_name(job) or "-",
         str(job.status),
-        started.strftime("%Y-%m-%d %H:%M"),
+        start_time.strftime("%Y-%m-%d %H:%M"),
         str(datetime.timedelta(seconds=max(round(duration.total_seconds()), 0))),
         # The message of a failed job continues with its log.
         (job.message or "-").partition("\n")[0].partition(", last available logs")[0],

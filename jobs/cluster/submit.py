@@ -174,7 +174,7 @@ def _submit_with_retries(
         if not (submission.wait or submission.retries):
             break
         try:
-            ended = follow(client, job_id, print_log)
+            ended_job = follow(client, job_id, print_log)
         except KeyboardInterrupt:
             return report_detached(job_id, submission.address)
         except RuntimeError as error:
@@ -182,9 +182,9 @@ def _submit_with_retries(
                 raise
             print(f"{job_id} is lost: the cluster no longer knows it, as after a restart of its head", flush=True)
             continue
-        print(describe_status(ended), flush=True)
-        code = find_exit_code(ended)
-        if ended.status != JobStatus.FAILED or code == EXIT_MISUSE:
+        print(describe_status(ended_job), flush=True)
+        code = find_exit_code(ended_job)
+        if ended_job.status != JobStatus.FAILED or code == EXIT_MISUSE:
             break
     return code
 

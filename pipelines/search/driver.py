@@ -287,11 +287,11 @@ def _make_bar(trials: Trials) -> tqdm:
 
 def _update_bar(trials: Trials, bar: tqdm, on_trials_ended: OnTrialsEnded) -> None:
     """Update the progress bar and call `on_trials_ended` if trials have ended since the last call."""
-    ended = trials.ended_attempts
-    if len(ended) == bar.n:
+    ended_attempts = trials.ended_attempts
+    if len(ended_attempts) == bar.n:
         return
-    bar.n = len(ended)
-    states = [attempts[-1].state for attempts in ended]
+    bar.n = len(ended_attempts)
+    states = [attempts[-1].state for attempts in ended_attempts]
     counts = {"stopped early": states.count(TrialState.PRUNED), "failed": states.count(TrialState.FAIL)}
     bar.set_postfix_str(", ".join(f"{count} {word}" for word, count in counts.items() if count))
     on_trials_ended(trials)

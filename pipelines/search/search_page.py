@@ -243,8 +243,8 @@ def _warn_about_selection_bias(snapshot: Snapshot) -> list[str]:
 
 def _write_csv(snapshot: Snapshot) -> str:
     """Write all trials as CSV: numbers with all digits, columns that depend only on names."""
-    taken = {*IDENTITY_FIELDS, *snapshot.objectives, *snapshot.constraints, *snapshot.params, *EFFORT_FIELDS}
-    metrics = sorted({name for trial in snapshot.trials for name in _get_metrics(trial)} - taken)
+    other_columns = {*IDENTITY_FIELDS, *snapshot.objectives, *snapshot.constraints, *snapshot.params, *EFFORT_FIELDS}
+    metrics = sorted({name for trial in snapshot.trials for name in _get_metrics(trial)} - other_columns)
     # Metrics of the trials that are not objectives come after objectives and constraints.
     columns = [
         *IDENTITY_FIELDS,

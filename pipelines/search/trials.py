@@ -34,7 +34,10 @@ from pipelines.search.space import Choice, FeasibleSampler, Range, SamplerName, 
 
 JOURNAL_FILE = "study.journal"
 ENDED_STATES = (TrialState.COMPLETE, TrialState.PRUNED, TrialState.FAIL)
-RETRIED_ATTRIBUTES = ("reference", "losses", "step", "steps", "wall_s", "lags")
+STOP_EARLY = "lags"
+"""Key in the `user_attrs` of a trial that is to be stopped early."""
+
+RETRIED_ATTRIBUTES = ("reference", "losses", "step", "steps", "wall_s", STOP_EARLY)
 """`user_attrs` of a failed trial that its retry continues with."""
 
 MAX_CONSECUTIVE_FAILURES = 3
@@ -238,12 +241,12 @@ class Trials:
                 should_stop = self.rungs is not None and self.rungs.should_stop(_first_number(trial), step, loss)
                 # References are needed for comparison; after the last step nothing is saved.
                 if should_stop and "reference" not in trial.user_attrs and step < steps:
-                    trial.set_user_attr("lags", True)
+                    trial.set_user_attr(STOP_EARLY, True)
                 wall_s = self._measure_time(key)
                 attributes = {"losses": {**losses, str(step): loss}, "step": step, "steps": steps, "wall_s": wall_s}
                 for name, value in attributes.items():
                     trial.set_user_attr(name, value)
-            return bool(trial.user_attrs.get("lags", False))
+            return bool(trial.user_attrs.get(STOP_EARLY, False))
 
     def finish(self, key: str, metrics: Mapping[str, float], error: str = "") -> None:
         """Finish a running trial as COMPLETE, PRUNED or FAIL.
@@ -260,7 +263,7 @@ class Trials:
             trial = self.running.pop(key)
             trial.set_user_attr("wall_s", wall_s)
             # A trial may crash while it stops early: that is not a failure.
-            if trial.user_attrs.get("lags", False) and not metrics:
+            if trial.user_attrs.get(STOP_EARLY, False) and not metrics:
                 self._finish_in_study(trial, TrialState.PRUNED)
                 return
             if not error:
@@ -323,10 +326,10 @@ class Trials:
     def _enqueue_retries(self) -> None:
         """Enqueue failed trials again, up to `retries` times, with a new number and the run folder of the first."""
         for attempts in self._group_attempts():
-            failed = attempts[-1]
-            if failed.state == TrialState.FAIL and len(attempts) <= self.settings.retries:
-                attributes = {name: value for name, value in failed.user_attrs.items() if name in RETRIED_ATTRIBUTES}
-                self.study.enqueue_trial(failed.params, user_attrs={**attributes, "retry_of": _first_number(failed)})
+            last = attempts[-1]
+            if last.state == TrialState.FAIL and len(attempts) <= self.settings.retries:
+                attributes = {name: value for name, value in last.user_attrs.items() if name in RETRIED_ATTRIBUTES}
+                self.study.enqueue_trial(last.params, user_attrs={**attributes, "retry_of": _first_number(last)})
 
     def _set_metrics(self, trial: Trial, metrics: Mapping[str, float]) -> None:
         """Store metrics of a trial, and the limits on them as constraints of Optuna."""
@@ -348,9 +351,9 @@ class Trials:
         trial.set_user_attr("error", error)
         self._finish_in_study(trial, TrialState.FAIL)
         self._enqueue_retries()
-        ended = self.ended_attempts
-        all_failed = all(attempts[-1].state == TrialState.FAIL for attempts in ended)
-        if all_failed and len(ended) >= MAX_CONSECUTIVE_FAILURES:
+        ended_attempts = self.ended_attempts
+        all_failed = all(attempts[-1].state == TrialState.FAIL for attempts in ended_attempts)
+        if all_failed and len(ended_attempts) >= MAX_CONSECUTIVE_FAILURES:
             self.failure_reason = f"trial {trial.number}, like all before it: {error}"
 
     def _finish_in_study(self, trial: Trial, state: TrialState, values: list[float] | None = None) -> None:
@@ -366,14 +369,14 @@ class _Rungs:
     several objectives. The real study stores the losses, from which this study is filled again.
     """
 
-    def __init__(self, prune: Prune, earlier: Sequence[FrozenTrial]) -> None:
+    def __init__(self, prune: Prune, trials: Sequence[FrozenTrial]) -> None:
         self.study = optuna.create_study(pruner=prune.make_pruner())
         self.trials: dict[int, Trial] = {}
         # First all losses, then all ends: the decisions of the pruner are stored in the real study.
-        for trial in earlier:
+        for trial in trials:
             for step, loss in trial.user_attrs.get("losses", {}).items():
                 self.should_stop(_first_number(trial), int(step), loss)
-        for trial in earlier:
+        for trial in trials:
             self.finish(_first_number(trial), trial.state)
 
     def should_stop(self, number: int, step: int, loss: float) -> bool:

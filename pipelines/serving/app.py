@@ -111,7 +111,7 @@ class ModelReplica:
         from pipelines.serving.engine import BatchingEngine
         from pipelines.serving.loading import load_models
 
-        # A problem is a value, since Ray Serve would start a replica whose constructor raises again and again.
+        # A problem is a value, since Ray Serve would restart a replica without end if its constructor raised.
         self.problem = ""
         self.engine: BatchingEngine | None = None
         self.started_at = time.monotonic()
@@ -162,8 +162,8 @@ class ModelReplica:
             while True:
                 event = await events.get()
                 yield event
-                is_end = isinstance(event, TextEvent) and event.finish_reason and not call.traces
-                if is_end or isinstance(event, FailureEvent | TraceEvent):
+                is_last_text = isinstance(event, TextEvent) and event.finish_reason and not call.traces
+                if is_last_text or isinstance(event, FailureEvent | TraceEvent):
                     return
         finally:  # Also if the client has left
             ticket.is_cancelled = True
@@ -221,8 +221,8 @@ class Gateway:
         key = self.settings.api_key
         if key is None:
             return
-        scheme, _, given = request.headers.get("authorization", "").partition(" ")
-        if scheme.lower() != "bearer" or not hmac.compare_digest(given.strip().encode(), key.encode()):
+        scheme, _, sent_key = request.headers.get("authorization", "").partition(" ")
+        if scheme.lower() != "bearer" or not hmac.compare_digest(sent_key.strip().encode(), key.encode()):
             raise RequestError(
                 401, "got no key or a wrong one, allowed: Authorization: Bearer KEY", code="invalid_api_key"
             )
@@ -251,17 +251,17 @@ class Gateway:
         chat_request = await self._read_request(request)
         call = await self._build_call(chat_request)
         events = self._iterate_events(call)
-        first = await anext(events)
+        first_event = await anext(events)
         # From here on the answer has begun, so errors before this line have a status.
-        if isinstance(first, RefusalEvent):
-            raise RequestError(400, first.message)
-        if isinstance(first, FailureEvent):
-            raise RequestError(503, first.message, "server_error")
+        if isinstance(first_event, RefusalEvent):
+            raise RequestError(400, first_event.message)
+        if isinstance(first_event, FailureEvent):
+            raise RequestError(503, first_event.message, "server_error")
         completion = Completion(chat_request.model)
         if chat_request.stream:
-            lines = self._stream(completion, chat_request, first, events, slot)
+            lines = self._stream(completion, chat_request, first_event, events, slot)
             return StreamingResponse(lines, media_type="text/event-stream", headers={"Cache-Control": "no-cache"})
-        return JSONResponse(await _collect(completion, first, events))
+        return JSONResponse(await _collect(completion, first_event, events))
 
     async def _read_request(self, request: Request) -> ChatRequest:
         """Read and parse the body within the limits."""
@@ -308,21 +308,23 @@ class Gateway:
 
     async def _iterate_events(self, call: AnswerCall) -> AsyncIterator[Any]:
         """Yield the events of an answer, once each, however many replicas die meanwhile."""
-        started, sent = False, 0
+        prompt_sent = False
+        sent_characters = 0
         deadline: float | None = None
         while True:
-            skip = sent
+            # A new replica repeats the answer from its beginning.
+            skip = sent_characters
             try:
                 async for event in self.replica.options(stream=True).answer.remote(call):
                     deadline = None
                     if isinstance(event, PromptEvent):
-                        if not started:
+                        if not prompt_sent:
                             yield event
-                        started = True
+                        prompt_sent = True
                     elif isinstance(event, TextEvent):
                         text = event.text[skip:]
                         skip = max(skip - len(event.text), 0)
-                        sent += len(text)
+                        sent_characters += len(text)
                         if text or event.finish_reason or not skip:
                             yield event._replace(text=text)
                     else:
@@ -361,8 +363,8 @@ class Gateway:
                 yield _format_event(completion.build_last_chunk(usage=_build_usage(prompt, tokens)))
             yield "data: [DONE]\n\n"
         except Exception as error:  # The status is sent already
-            failed = error if isinstance(error, RequestError) else _describe_bug(error)
-            yield _format_event(protocol.build_error(failed.message, failed.kind, failed.code))
+            reported = error if isinstance(error, RequestError) else _describe_bug(error)
+            yield _format_event(protocol.build_error(reported.message, reported.kind, reported.code))
 
 
 def _describe_bug(error: Exception) -> RequestError:
@@ -383,8 +385,8 @@ async def _collect(completion: Completion, prompt: PromptEvent, events: AsyncIte
             additions["redux"] = event.trace
         elif isinstance(event, FailureEvent):
             raise RequestError(500, event.message, "server_error")
-    whole = completion.build_whole("".join(texts), finish_reason, _build_usage(prompt, tokens))
-    return {**whole, **additions}
+    response = completion.build_response("".join(texts), finish_reason, _build_usage(prompt, tokens))
+    return {**response, **additions}
 
 
 def _build_usage(prompt: PromptEvent, tokens: int) -> dict[str, Any]:
@@ -429,9 +431,9 @@ def start_server(settings: ServerSettings, has_gpus: bool) -> None:
         ray_actor_options={"num_cpus": 0},
         graceful_shutdown_timeout_s=2,
     )(Gateway)
-    bound = replica.bind(settings.model, settings.max_batch_size)
+    replica_app = replica.bind(settings.model, settings.max_batch_size)
     try:
-        serve.run(gateway.bind(settings, bound), name=APPLICATION, route_prefix="/")
+        serve.run(gateway.bind(settings, replica_app), name=APPLICATION, route_prefix="/")
     except RuntimeError as error:
         raise ValueError(f"{settings.model.path}: cannot be served: {error}") from None
     if problem := serve.get_deployment_handle("ModelReplica", APPLICATION).find_problem.remote().result():

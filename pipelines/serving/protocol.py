@@ -46,14 +46,14 @@ class ImagePart(ProtocolObject):
     image_url: ImageUrl
 
 
-Part = Annotated[TextPart | ImagePart, Field(discriminator="type")]
+ContentPart = Annotated[TextPart | ImagePart, Field(discriminator="type")]
 
 
 class ChatMessage(ProtocolObject):
     """A message of a request."""
 
     role: Literal["system", "developer", "user", "assistant"]
-    content: str | list[Part]
+    content: str | list[ContentPart]
     name: str | None = None
 
 
@@ -137,9 +137,9 @@ def parse_request(body: bytes) -> ChatRequest:
         return ChatRequest.model_validate_json(body)
     except ValidationError as error:
         # Clients show one line, so the first problem is enough.
-        first = error.errors(include_url=False, include_input=False)[0]
-        path = ".".join(str(part) for part in first["loc"] if part not in ("str", "list[union]"))
-        raise ValueError(f"{path or 'body'}: {first['msg']}") from None
+        first_problem = error.errors(include_url=False, include_input=False)[0]
+        path = ".".join(str(part) for part in first_problem["loc"] if part not in ("str", "list[union]"))
+        raise ValueError(f"{path or 'body'}: {first_problem['msg']}") from None
 
 
 def _build_message(message: ChatMessage, limits: RequestLimits) -> Message:
@@ -179,7 +179,7 @@ class Completion:
         self.id = f"chatcmpl-{uuid.uuid4().hex}"
         self.created = int(time.time())
 
-    def build_whole(self, text: str, finish_reason: str, usage: dict[str, Any]) -> dict[str, Any]:
+    def build_response(self, text: str, finish_reason: str, usage: dict[str, Any]) -> dict[str, Any]:
         """Build the object of a whole answer."""
         message = {"role": "assistant", "content": text, "refusal": None}
         choice = {"index": 0, "message": message, "finish_reason": finish_reason, "logprobs": None}

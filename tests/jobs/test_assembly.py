@@ -11,7 +11,7 @@ import torch
 from transformers import AutoTokenizer
 
 from jobs import schema
-from jobs.claims import Claim
+from jobs.ownership import FolderOwnership
 from jobs.resolve import resolve_job
 from jobs.run import list_phases, run
 from jobs.schema import Job
@@ -234,7 +234,7 @@ def test_a_model_assembled_of_other_parts_is_not_used(
 ) -> None:
     """A run that failed before its first step may continue with other parts."""
     first = resolve_job(load(*NO_SETS), tmp_path)
-    Claim.from_folder(tmp_path, first).enforce()
+    FolderOwnership.from_folder(tmp_path, first).enforce()
     list_phases(first, tmp_path)["assemble"]()
     other = load(*NO_SETS, f"model.tower={tmp_path}/gone")
     with pytest.raises(ValueError, match=f"^model.tower: got {tmp_path}/gone, allowed: folder or hub id"):
@@ -301,7 +301,7 @@ def test_template_and_aspect_ratio_are_those_of_the_checkpoint(
             objectives = {"easy_vqa.accuracy": "max"}
             search = {"name": "a", "num_trials": 1, "space": space, "objectives": objectives, "job": whole}
             (tmp_path / "search.yaml").write_text(json.dumps(search))
-            return resolve_job(TrialJobs(load_search(tmp_path / "search.yaml"))({}), tmp_path / "run")
+            return resolve_job(TrialJobs(load_search(tmp_path / "search.yaml")).build({}), tmp_path / "run")
         (tmp_path / "job.yaml").write_text(json.dumps(whole | {"name": "a"}))
         return resolve_job(schema.load(tmp_path / "job.yaml"), tmp_path / "run")
 

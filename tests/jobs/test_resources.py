@@ -9,6 +9,7 @@ import pytest
 import ray
 
 from jobs import model_parts, run, schema
+from jobs.resources import find_shortage
 from jobs.schema import Job
 from pipelines.core import cluster
 from pipelines.evaluation import evaluate
@@ -98,6 +99,53 @@ def test_the_error_names_numbers_that_fit(machine, overrides: list[str], message
     with pytest.raises(ValueError, match=message):
         run._check_resources(job, list_all_steps(job))
     run._check_resources(job, ["shards", "report"])  # finished phases need nothing
+
+
+@pytest.mark.parametrize(
+    ("overrides", "message"),
+    [
+        (["num_workers=4", "evaluate=null"], ""),  # half a CPU each, and one for readers
+        (["num_workers=5", "evaluate=null"], "needs 3.5 CPUs, found 3; set num_workers=3, or auto"),
+        (["num_workers=[3, 8]", "evaluate=null"], ""),  # whole CPUs, and none for readers
+        (["num_workers=[4, 8]", "evaluate=null"], "needs 4 CPUs, found 3; set num_workers=3, or auto"),
+        (["evaluate.num_actors=5"], "needs 3.5 CPUs, found 3; set evaluate.num_actors=3, or auto"),
+    ],
+)
+def test_cpus_are_those_that_ray_is_asked_for(machine, overrides: list[str], message: str) -> None:
+    machine(3, 0)
+    batches = [f"train.{name}.global_batch_size=960" for name in ("tower", "pretrain", "instruct")]
+    sizes = [f"train.{name}.micro_batch_size=2" for name in ("tower", "pretrain", "instruct")]
+    job = schema.load(QUICKSTART, [*batches, *sizes, *overrides])
+    if message:
+        with pytest.raises(ValueError, match=message):
+            run._check_resources(job, list_all_steps(job))
+    else:
+        run._check_resources(job, list_all_steps(job))
+
+
+@pytest.mark.parametrize(
+    ("cpus", "gpus", "trials", "shortage"),
+    [
+        (3, 0, 2, None),
+        (2, 0, 2, ("CPU", 3, 2)),
+        (16, 1, 1, ("GPU", 2, 1)),
+        (16, 2, 1, None),
+        (16, 2, 2, ("GPU", 4, 2)),
+    ],
+)
+def test_trials_at_the_same_time_need_the_resources_of_each(
+    machine, cpus: int, gpus: int, trials: int, shortage: tuple[str, float, float] | None
+) -> None:
+    machine(cpus, gpus)
+    job = schema.load(QUICKSTART, ["num_workers=2"])
+    assert find_shortage(job, workers=2, actors=1, runs=trials) == shortage
+
+
+def test_shares_of_several_gpus_do_not_add_up(machine) -> None:
+    machine(16, 2)
+    job = schema.load(QUICKSTART, ["gpu_share=0.4"])
+    assert find_shortage(job, workers=1, actors=1, runs=4) is None
+    assert find_shortage(job, workers=1, actors=1, runs=5) == ("GPU", 2, 2)
 
 
 def test_the_proposed_number_fits_every_stage(machine) -> None:

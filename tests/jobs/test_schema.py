@@ -72,7 +72,7 @@ def test_a_shipped_search_begins_with_a_comment_and_draws_jobs(
     for number in range(len(loaded.references) + 12):
         trial = trials.next_trial(str(number))
         assert trial
-        assert jobs(trial.values, str(number)).name == f"{path.stem}-{number}"
+        assert jobs.build(trial.values, str(number)).name == f"{path.stem}-{number}"
 
 
 def test_the_numbers_of_a_job_are_checked() -> None:

@@ -15,7 +15,7 @@ import pytest
 import yaml
 from optuna.trial import create_trial
 
-from jobs import claims, command, document, run, schema, search, search_schema
+from jobs import command, document, ownership, run, schema, search, search_schema
 from pipelines.core import jsonl
 from pipelines.data import consumed
 from pipelines.search.trials import Trials
@@ -65,7 +65,7 @@ def test_a_trial_is_the_job_with_its_values_and_the_fidelity(tmp_path: Path) -> 
     loaded = search.load(write(tmp_path))
     jobs = search.TrialJobs(loaded)
     values = {"model.vmtc.kept.0": 9, "model.vmtc.clusters.0": 2, "model.cmai.gamma_max": 0.5}
-    trial, whole = jobs(values, "7"), schema.load(write_best(tmp_path, values))
+    trial, whole = jobs.build(values, "7"), schema.load(write_best(tmp_path, values))
     assert trial.name == "tiny-7"
     assert (trial.train["instruct"].steps, whole.train["instruct"].steps) == (60, 900)
     assert trial.evaluate
@@ -75,8 +75,8 @@ def test_a_trial_is_the_job_with_its_values_and_the_fidelity(tmp_path: Path) -> 
         assert (job.model.vmtc.kept, job.model.vmtc.clusters) == ((9,), (2,))
         assert job.model.cmai
         assert job.model.cmai.gamma_max == 0.5
-    assert trial.seed == jobs({}, "8").seed, "the same samples in the same order"
-    assert trial.data == jobs({}, "8").data
+    assert trial.seed == jobs.build({}, "8").seed, "the same samples in the same order"
+    assert trial.data == jobs.build({}, "8").data
 
 
 def test_trials_read_the_set_that_is_made_of_data_in_another_form(
@@ -93,7 +93,7 @@ def test_trials_read_the_set_that_is_made_of_data_in_another_form(
     monkeypatch.setattr(run, "run", lambda job, folder, changes, until: ran.append(job))
     shared = search._run_shared_stages(loaded, tmp_path / "shared", False)
     assert ran[0].data.make["mine"].source == str(tmp_path / "mine.jsonl")
-    trial = search.TrialJobs(loaded, shared)({})
+    trial = search.TrialJobs(loaded, shared).build({})
     assert (trial.data.make, trial.data.sets) == ({}, {"mine": str(tmp_path / "shared" / "shards" / "mine")})
 
 
@@ -102,7 +102,7 @@ def write_best(tmp_path: Path, values: dict[str, Any]) -> Path:
     folder = tmp_path / "runs"
     folder.mkdir()
     loaded = search.load(write(tmp_path, objectives={"flops": "min"}))
-    claims.claim(folder / search.SEARCH_FILE, loaded)
+    ownership.claim(folder / search.SEARCH_FILE, loaded)
     trials = Trials(loaded, loaded.name, folder, lambda drawn: {})
     distributions = {name: searched.distribution for name, searched in loaded.space.items()}
     trials.study.add_trial(create_trial(params=values, distributions=distributions, value=1.0))
@@ -112,7 +112,7 @@ def write_best(tmp_path: Path, values: dict[str, Any]) -> Path:
 
 def test_with_several_objectives_best_requires_a_trial(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     loaded = search.load(write(tmp_path))
-    claims.claim(tmp_path / search.SEARCH_FILE, loaded)
+    ownership.claim(tmp_path / search.SEARCH_FILE, loaded)
     trials = Trials(loaded, loaded.name, tmp_path, lambda drawn: {})
     distributions = {name: searched.distribution for name, searched in loaded.space.items()}
     for kept, values in ((9, [0.9, 9.0]), (5, [0.8, 5.0]), (6, [0.7, 6.0])):
@@ -135,7 +135,9 @@ def test_the_forecast_is_the_computed_cost(tmp_path: Path) -> None:
     loaded = search.load(write(tmp_path))
     jobs = search.TrialJobs(loaded)
     known = jobs.forecast({"model.vmtc.kept.0": 9, "model.cmai.gamma_max": 0.5})
-    config = build_config(jobs({"model.vmtc.kept.0": 9, "model.cmai.gamma_max": 0.5}).model, search.LLAMA_VOCABULARY)
+    config = build_config(
+        jobs.build({"model.vmtc.kept.0": 9, "model.cmai.gamma_max": 0.5}).model, search.LLAMA_VOCABULARY
+    )
     spent = compute_cost(config, 64)
     assert known == {
         "flops": spent.flops,
@@ -221,8 +223,8 @@ def test_a_chat_stage_needs_shared_stages_with_a_chat_template(
     assert not (tmp_path / "runs").exists()
     loaded = document.read(write(tmp_path, shared=shared, job=job), (), search_schema.Search)
     jobs = search.TrialJobs(loaded)
-    assert jobs({}).train["instruct"].template == "vicuna_bare"
-    trained = search.TrialJobs(loaded, (jobs({}), tmp_path))
+    assert jobs.build({}).train["instruct"].template == "vicuna_bare"
+    trained = search.TrialJobs(loaded, (jobs.build({}), tmp_path))
     for of_trials in (jobs, trained):
         with pytest.raises(ValueError, match=PLAIN_BEFORE_CHAT):
             of_trials(chat)

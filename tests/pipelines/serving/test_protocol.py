@@ -194,7 +194,7 @@ def test_objects_have_the_fields_of_the_protocol() -> None:
 
     completion = protocol.Completion("m")
     usage = protocol.build_usage(10, 3, 4, 8)
-    whole = ChatCompletion.model_validate(completion.build_whole("text", "stop", usage), strict=True)
+    whole = ChatCompletion.model_validate(completion.build_response("text", "stop", usage), strict=True)
     assert whole.choices[0].message.content == "text"
     assert whole.usage is not None
     assert whole.usage.total_tokens == 13

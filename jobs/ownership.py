@@ -1,4 +1,4 @@
-"""Claim of a run folder by a job: changed settings are refused once a training step or an answer depends on them.
+"""Ownership of a run folder by a job: changed settings are refused once a training step or an answer depends on them.
 
 A run that failed at its start has trained nothing, so the corrected job may use its folder. Settings that shards and
 assembled parts depend on may change until the first training step; both are then made again. Settings that change no
@@ -79,28 +79,28 @@ def make_folder(folder: Path) -> None:
 
 
 @dataclass(frozen=True)
-class Claim:
-    """Claim of a run folder by a job: which phases depend on which settings, and which have started.
+class FolderOwnership:
+    """Ownership of a run folder by a job: which phases depend on which settings, and which have started.
 
     Args:
         folder: run folder.
         job: the job that is to run.
         stages: names of the training stages, in order, of the job in the folder and of `job`.
-        started: stages with a recorded training step, and "evaluate" if there are answers.
+        started_phases: stages with a recorded training step, and "evaluate" if there are answers.
     """
 
     folder: Path
     job: Job
     stages: tuple[list[str], list[str]]
-    started: frozenset[str]
+    started_phases: frozenset[str]
 
     @classmethod
-    def from_folder(cls, folder: Path, job: Job) -> "Claim":
+    def from_folder(cls, folder: Path, job: Job) -> "FolderOwnership":
         """Read the stages of the job in the folder, and which phases have started."""
         previous = _read(folder / JOB_FILE, Job).get("train") if (folder / JOB_FILE).exists() else None
         previous_stages = list(previous) if isinstance(previous, dict) else []
-        started = metrics.read_stages(folder) | ({"evaluate"} if evaluate.has_answers(folder) else set())
-        return cls(folder, job, (previous_stages, list(job.train)), frozenset(started))
+        started_phases = metrics.read_stages(folder) | ({"evaluate"} if evaluate.has_answers(folder) else set())
+        return cls(folder, job, (previous_stages, list(job.train)), frozenset(started_phases))
 
     def find_changes(self, allow_changes: bool = False) -> list[str]:
         """Find the settings that differ from those in the folder; ValueError if a phase has used one of them."""
@@ -114,8 +114,8 @@ class Claim:
         path = self.folder / PROGRESS_FILE
         entries = jsonl.read(path)
         if any(entry.get("step") in outdated for entry in entries):
-            kept = [entry for entry in entries if entry.get("step") not in outdated]
-            storage.write(str(path), "".join(json.dumps(entry) + "\n" for entry in kept).encode())
+            valid = [entry for entry in entries if entry.get("step") not in outdated]
+            storage.write(str(path), "".join(json.dumps(entry) + "\n" for entry in valid).encode())
         if "assemble" in outdated:
             shutil.rmtree(self.folder / ASSEMBLED_FOLDER, ignore_errors=True)
 
@@ -124,7 +124,7 @@ class Claim:
         phases = self.find_dependents(key)
         if phases & PREPARATIONS:  # Every stage trains on their results
             phases = phases.union(*self.stages)
-        return next((name for name in (*self._all_stages, "evaluate") if name in phases & self.started), "")
+        return next((name for name in (*self._all_stages, "evaluate") if name in phases & self.started_phases), "")
 
     def find_dependents(self, key: str) -> set[str]:
         """Find the phases whose results depend on the setting at a dotted path."""

@@ -8,7 +8,7 @@ import pytest
 import ray
 
 from jobs import schema
-from jobs.claims import Claim
+from jobs.ownership import FolderOwnership
 from jobs.run import _list_finished, run
 from jobs.schema import Job
 from pipelines.core import jsonl
@@ -35,7 +35,7 @@ def begin(tmp_path: Path) -> Begin:
     """Make the folder of a run with finished and started steps."""
 
     def begin(finished: tuple[str, ...] = (), begun: tuple[str, ...] = ()) -> Path:
-        Claim.from_folder(tmp_path, load()).enforce()
+        FolderOwnership.from_folder(tmp_path, load()).enforce()
         (tmp_path / PROGRESS_FILE).write_text(
             "".join(json.dumps({"step": name, "wall_s": 1}) + "\n" for name in finished)
         )
@@ -74,7 +74,7 @@ def finished(folder: Path) -> list[str]:
 def test_all_settings_may_change_before_the_first_step(begin: Begin, override: str, kept: tuple[str, ...]) -> None:
     """Prepared files that do not depend on the setting stay."""
     folder = begin(PREPARED)
-    Claim.from_folder(folder, load(override)).enforce()
+    FolderOwnership.from_folder(folder, load(override)).enforce()
     assert schema.load(folder / JOB_FILE) == load(override)
     assert tuple(finished(folder)) == kept
     assert (folder / ASSEMBLED_FOLDER).exists() == ("assemble" in kept)
@@ -102,9 +102,9 @@ def test_a_setting_that_a_step_has_used_is_fixed(
     with pytest.raises(
         ValueError, match=f"{override.partition('=')[0]} = .*, and {use} depends on it; .*--allow-changes"
     ):
-        Claim.from_folder(folder, load(override)).enforce()
+        FolderOwnership.from_folder(folder, load(override)).enforce()
     assert (folder / JOB_FILE).read_text() == before
-    Claim.from_folder(folder, load(override)).enforce(allow_changes=True)
+    FolderOwnership.from_folder(folder, load(override)).enforce(allow_changes=True)
     assert schema.load(folder / JOB_FILE) == load(override)
     assert tuple(finished(folder)) == done, "steps with the old setting are not repeated"
 
@@ -124,7 +124,7 @@ def test_a_setting_that_a_step_has_used_is_fixed(
 )  # fmt: skip
 def test_other_settings_may_change_during_a_run(begin: Begin, done: tuple[str, ...], override: str) -> None:
     folder = begin(done)
-    Claim.from_folder(folder, load(override)).enforce()
+    FolderOwnership.from_folder(folder, load(override)).enforce()
     assert schema.load(folder / JOB_FILE) == load(override)
     assert tuple(finished(folder)) == done
     assert (folder / ASSEMBLED_FOLDER).exists()
@@ -132,7 +132,7 @@ def test_other_settings_may_change_during_a_run(begin: Begin, done: tuple[str, .
 
 def test_a_changed_report_is_written_again(begin: Begin) -> None:
     folder = begin(FINISHED)
-    Claim.from_folder(folder, load("report.examples=3")).enforce()
+    FolderOwnership.from_folder(folder, load("report.examples=3")).enforce()
     assert tuple(finished(folder)) == FINISHED[:-1]
 
 
@@ -149,7 +149,7 @@ def test_an_older_job_file_gets_the_default_of_a_new_setting(begin: Begin) -> No
     now = path.read_text()
     path.write_text(now.replace("gpu_share: 1.0\n", ""))
     assert path.read_text() != now
-    Claim.from_folder(path.parent, load()).enforce()
+    FolderOwnership.from_folder(path.parent, load()).enforce()
     assert path.read_text() == now
 
 
@@ -169,10 +169,10 @@ def test_a_run_without_ray_fixes_no_setting(tmp_path: Path, monkeypatch: pytest.
 def test_a_damaged_job_in_the_folder_is_named(tmp_path: Path, content: bytes, problem: str) -> None:
     (tmp_path / JOB_FILE).write_bytes(content)
     with pytest.raises(ValueError, match=rf"^{tmp_path / JOB_FILE}: {problem}"):
-        Claim.from_folder(tmp_path, load())
+        FolderOwnership.from_folder(tmp_path, load())
 
 
 @pytest.mark.parametrize("content", ["train: 3", "- 1", ""])
 def test_a_job_in_the_folder_that_is_no_job_has_no_stages(tmp_path: Path, content: str) -> None:
     (tmp_path / JOB_FILE).write_text(content)
-    assert Claim.from_folder(tmp_path, load()).stages[0] == []
+    assert FolderOwnership.from_folder(tmp_path, load()).stages[0] == []
