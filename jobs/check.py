@@ -54,7 +54,7 @@ from pipelines.training.memory import (
     plan_memory,
 )
 from pipelines.training.plan import StageWork
-from pipelines.training.step_trace import Device
+from pipelines.training.step_trace import Device, SampleShape
 from redux.conversation import IMAGE_TOKEN
 from redux.loading import UnmappedWeightsError
 
@@ -375,6 +375,7 @@ def _print_stage(
     """Print the samples, the steps and the memory of a stage."""
     plan = work.plan
     workers = _count_workers(work, options, device)
+    # A stage that has run here tells its speed.
     rate = options.tokens_per_s
     if rate is None and metrics.read_last_step(plan.run, plan.name):
         rate = metrics.compute_tokens_per_s(plan.run, plan.name)
@@ -384,27 +385,39 @@ def _print_stage(
         print(format_inspection(inspected, plan.stage.max_length))
     tokens = work.steps * plan.stage.global_batch_size * _mean_tokens(work, stage_sets)
     print(format_steps(work.steps, plan.stage.global_batch_size, tokens, rate, workers, options.price))
-    shapes = [shape for inspected in stage_sets for shape in inspected.shapes]
-    if not shapes:
-        return
+    sample_shapes = [sample_shape for inspected in stage_sets for sample_shape in inspected.shapes]
+    if sample_shapes:
+        _print_memory(work, shape, sample_shapes, workers, device, capacity, problems)
+
+
+def _print_memory(
+    work: StageWork,
+    shape: ModelShape,
+    sample_shapes: list[SampleShape],
+    workers: int,
+    device: Device,
+    capacity: int | None,
+    problems: ProblemList,
+) -> None:
+    """Print the memory of a worker, and the largest micro-batch that fits."""
+    stage = work.plan.stage
+    # Workers on CPUs share the memory of the machine.
     memory_per_worker = capacity // workers if capacity and device == "cpu" else capacity
-    estimate, find_largest = plan_memory(shape, shapes, workers, device, _is_fused(work, device))
+    estimate, find_largest = plan_memory(shape, sample_shapes, workers, device, _is_fused(work, device))
     largest = None
     if memory_per_worker:
         largest = find_largest(memory_per_worker)
-        if not largest or largest < plan.stage.micro_batch_size:
+        if not largest or largest < stage.micro_batch_size:
             _add_memory_problem(work, estimate, memory_per_worker, largest, problems)
-    samples_per_worker = plan.stage.global_batch_size // workers
-    queued = count_queued_bytes(work, workers)
     print(
         format_memory(
             estimate,
             device,
             memory_per_worker,
-            micro_batch_size=plan.stage.micro_batch_size,
+            micro_batch_size=stage.micro_batch_size,
             largest=largest,
-            samples_per_worker=samples_per_worker,
-            queued=queued,
+            samples_per_worker=stage.global_batch_size // workers,
+            queued=count_queued_bytes(work, workers),
         )
     )
 
@@ -469,6 +482,7 @@ def _check_evaluation(
                         f"drawn samples of the training set {name}, with the same image in another format or size "
                         f"({overlap.copy_example}), allowed: questions that are not trained on"
                     )
+    # The model of the last stage answers; its memory follows from the longest prompts.
     *_, last = stages
     tokenizer = stages[last].reader.get_tokenizer()
     for task, texts in prompts.items():

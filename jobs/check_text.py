@@ -35,10 +35,12 @@ def format_inspection(inspected: SetInspection, max_length: int | None) -> str:
             f"    not usable   {inspected.num_unusable}: "
             + ", ".join(f"{examples.count} {kind}" for kind, examples in kinds[:MAX_FORMATS])
         )
+    # A set without a usable sample has no lengths.
     if not inspected.shapes:
         return "\n".join(lines)
     lengths = np.array([shape.length for shape in inspected.shapes])
     learned = np.array([shape.learned for shape in inspected.shapes])
+    # A contrastive stage compares whole captions and learns no single token.
     if not inspected.learns_tokens:
         lines.append(f"    tokens       {_format_range(lengths)}")
     else:

@@ -67,6 +67,7 @@ def write_tables(
     variants = compare_variants(finished, samples)
     families = group_families(finished, notes)
     tables = build_tables(families, samples)
+    # Files have all tables; the text has what is filled, or also the rows that lack a run.
     if lists_missing:
         printed_tables = [drop_empty_columns(table) for table in tables]
     else:

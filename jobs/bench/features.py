@@ -49,6 +49,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         folder = Path(name)
         make_set(folder, arguments.images)
         plan, llava = build_plan(folder)
+        # The features are written by the tower that the other readers then have to run.
         form = feature_writer.describe_format(llava.model, image_aspect_ratio="pad", image_backend="exact")
         feature_writer.write_features(str(folder / "set"), str(folder / "features"), llava.model, form)
         speed = measure_reading(plan, llava, str(folder / "features"), arguments.images // MICRO_BATCH)
@@ -97,6 +98,7 @@ def build_plan(folder: Path) -> "tuple[StagePlan, ReduxForConditionalGeneration]
     from redux.architecture import LanguageSizes, ModelSettings, TowerSizes, count_image_tokens
     from redux.model import build_model
 
+    # The sizes of ViT-B/16; the language model only has to exist.
     base: dict[str, Any] = {"hidden_size": 768, "num_hidden_layers": 12, "num_attention_heads": 12}
     small: dict[str, Any] = {"hidden_size": 32, "num_hidden_layers": 1, "num_attention_heads": 2}
     model = ModelSettings(
@@ -148,19 +150,20 @@ def measure_reading(
 
     engine: Any = SimpleNamespace(module=llava, device=torch.device("cpu"))
     readers = {"images": plan.build_reader(), "features": replace(plan, features={"set": features}).build_reader()}
-    found: dict[str, list[float]] = {"decode": [], "tower": [], "features": []}
+    times: dict[str, list[float]] = {"decode": [], "tower": [], "features": []}
     for number in range(batches):
-        started = time.process_time()
+        start = time.process_time()
         batch = readers["images"](number)
-        decoded = time.process_time()
+        decode_end = time.process_time()
         with torch.no_grad():
             llava.model.encode_images(move_to_device(batch, engine)["pixel_values"])
-        encoded = time.process_time()
+        encode_end = time.process_time()
         move_to_device(readers["features"](number), engine)
-        read = time.process_time()
-        for kind, taken in (("decode", decoded - started), ("tower", encoded - decoded), ("features", read - encoded)):
-            found[kind].append(1000 * taken / MICRO_BATCH)
-    medians = {kind: round(statistics.median(values), 3) for kind, values in found.items()}
+        read_end = time.process_time()
+        times["decode"].append(1000 * (decode_end - start) / MICRO_BATCH)
+        times["tower"].append(1000 * (encode_end - decode_end) / MICRO_BATCH)
+        times["features"].append(1000 * (read_end - encode_end) / MICRO_BATCH)
+    medians = {kind: round(statistics.median(values), 3) for kind, values in times.items()}
     return {**medians, "ratio": round((medians["decode"] + medians["tower"]) / medians["features"], 1)}
 
 

@@ -108,11 +108,11 @@ def measure_open(samples: int, folder: Path) -> dict[str, float]:
     # The text of the tokenizer is loaded here, since the readers of a stage get it, too.
     text = load_text_tokenizer(folder / "tokenizer")
     assert text
-    given = {"tokenizer": str(folder / "tokenizer"), "text": {**vars(text), "backend": text.backend.to_str()}}
+    inputs = {"tokenizer": str(folder / "tokenizer"), "text": {**vars(text), "backend": text.backend.to_str()}}
     with serve_bucket(files) as bucket:
         command, environment = [sys.executable, "-c", OPEN_PROGRAM], os.environ | bucket.environment
         output = subprocess.run(
-            command, input=json.dumps(given), stdout=subprocess.PIPE, check=True, text=True, env=environment
+            command, input=json.dumps(inputs), stdout=subprocess.PIPE, check=True, text=True, env=environment
         ).stdout
         traffic = {"requests": bucket.requests, "megabytes": round(bucket.bytes_sent / 1e6, 2)}
     measured = {"samples": samples, **json.loads(output), **traffic}
@@ -129,21 +129,21 @@ def open_set() -> None:
     """Open the simulated set, describe the blocks of an epoch and make a micro-batch; print what it took."""
     importlib.import_module("s3fs")  # Counted as an import
 
-    given = json.load(sys.stdin)
-    text = TextTokenizer(**{**given["text"], "backend": Tokenizer.from_str(given["text"]["backend"])})
+    inputs = json.load(sys.stdin)
+    text = TextTokenizer(**{**inputs["text"], "backend": Tokenizer.from_str(inputs["text"]["backend"])})
     Path("/proc/self/clear_refs").write_text("5")  # Linux resets the peak
     imports = read_peak_mb()
     cpu, wall = time.process_time(), time.perf_counter()
-    reader = build_reader(Shards(SET_URL), Path(given["tokenizer"]), text, 336, OPEN_BATCH)
+    reader = build_reader(Shards(SET_URL), Path(inputs["tokenizer"]), text, 336, OPEN_BATCH)
     reader.fingerprint_sources()
     stop = reader.order.count_batches(1) * OPEN_WORKERS
     blocks = ingest.BlockSequence([Segment(reader, 0, stop).lay_out_blocks(OPEN_WORKERS)])
     blocks[len(blocks) - 1]
-    described = time.process_time()
+    blocks_cpu_s = time.process_time() - cpu
     reader(0)
     measured = {
         "blocks": len(blocks),
-        "before_batch_cpu_s": described - cpu,
+        "before_batch_cpu_s": blocks_cpu_s,
         "cpu_s": time.process_time() - cpu,
         "wall_s": time.perf_counter() - wall,
         "imports_mb": imports,
@@ -154,9 +154,9 @@ def open_set() -> None:
 
 def read_peak_mb() -> float:
     """Read the peak memory of this process."""
-    found = re.search(r"VmHWM:\s+(\d+)", Path("/proc/self/status").read_text())
-    assert found
-    return int(found[1]) * 1024 / 1e6
+    match = re.search(r"VmHWM:\s+(\d+)", Path("/proc/self/status").read_text())
+    assert match
+    return int(match[1]) * 1024 / 1e6
 
 
 # --- the start of a stage ---------------------------------------------------------------------------------------------
@@ -193,9 +193,9 @@ def measure_start(folder: Path) -> list[float]:
             [stream] = ingest.make_streams([Segment(reader, 0, START_MICRO_BATCHES)], workers=1)
             batches = check_order(ingest.read_stream(stream, prefetched_blocks=4))
             next(batches)
-            first = time.perf_counter() - start
-            print(f"stage {stage + 1}: first micro-batch after {first:.2f} s", flush=True)
-            measured.append(round(first, 2))
+            seconds = time.perf_counter() - start
+            print(f"stage {stage + 1}: first micro-batch after {seconds:.2f} s", flush=True)
+            measured.append(round(seconds, 2))
             for _ in batches:  # To the end, so that the readers end before the next stage
                 pass
             await_idle()
@@ -205,9 +205,9 @@ def measure_start(folder: Path) -> list[float]:
 def await_idle() -> None:
     """Wait until the processes below this one use less than a tenth of a core for a second."""
     while True:
-        before = measure_children_cpu()
+        start_s = measure_children_cpu()
         time.sleep(1)
-        if measure_children_cpu() - before < 0.1:
+        if measure_children_cpu() - start_s < 0.1:
             return
 
 
@@ -273,12 +273,13 @@ def _run_nodes(cluster: Cluster, reader: Reader, marks: Path, micro_batches: int
             next(batches)
         for _ in range(micro_batches):
             next(batches)
-        started, spent = time.perf_counter(), measure_cpu(cluster)
+        start = time.perf_counter()
+        start_cpu_s = measure_cpu(cluster)
         for _ in range(count * micro_batches):
             next(batches)
-        seconds = time.perf_counter() - started
+        seconds = time.perf_counter() - start
         rates[str(count)] = round(count * micro_batches * NODE_BATCH / seconds, 2)
-        cpu[str(count)] = round((measure_cpu(cluster) - spent) / seconds, 3)
+        cpu[str(count)] = round((measure_cpu(cluster) - start_cpu_s) / seconds, 3)
         print(
             f"{count} data nodes: {rates[str(count)]:.1f} samples/s, {rates[str(count)] / rates['1'] / count:.2f} of "
             f"linear; the training node uses {cpu[str(count)]:.0%} of a core",

@@ -44,8 +44,8 @@ def run_tests(bench: Bench) -> None:
         return
     command = [sys.executable, "-m", "pytest", "-m", "gpu", "-q", "-rfE", "--tb=short", *map(str, files)]
     try:
-        done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=TEST_LIMIT_S)
-        output = done.stdout + done.stderr
+        ended = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=TEST_LIMIT_S)
+        output = ended.stdout + ended.stderr
     except subprocess.TimeoutExpired as expired:
         # Bytes even with text=True.
         output = f"{(expired.stdout or b'').decode(errors='replace')}\nstopped after {TEST_LIMIT_S} s"
@@ -130,14 +130,16 @@ def main(argv: Sequence[str] | None = None) -> int:
     logger = logging.getLogger("redux")
     logger.addHandler(collector)
     logger.setLevel(logging.INFO)
-    machine, begun, seconds = describe_gpu(bench), time.perf_counter(), {}
+    machine = describe_gpu(bench)
+    start_time = time.perf_counter()
+    seconds: dict[str, float] = {}
     length_before = options.out.stat().st_size if options.out.exists() else 0
     options.out.parent.mkdir(parents=True, exist_ok=True)
     for name, section in SECTIONS.items():
         if options.only and name not in options.only:
             continue
-        started = time.perf_counter()
-        if started - begun > options.limit:
+        section_start = time.perf_counter()
+        if section_start - start_time > options.limit:
             bench.results[name] = {"error": f"not started: {options.limit:.0f} s had passed"}
             continue
         try:
@@ -145,8 +147,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         except Exception as error:
             traceback.print_exc()
             bench.results[name] = {"error": describe_error(error)}
-        seconds[name] = round(time.perf_counter() - started, 1)
-        print(f"{name}: {seconds[name]} s, {time.perf_counter() - begun:.0f} s in all", flush=True)
+        seconds[name] = round(time.perf_counter() - section_start, 1)
+        print(f"{name}: {seconds[name]} s, {time.perf_counter() - start_time:.0f} s in all", flush=True)
         bench.free_memory()
         # The line of this run is replaced after each section.
         if options.out.exists():

@@ -124,9 +124,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser.add_argument(
         "--variant", choices=INGEST_VARIANTS, help="measure only this one, in this process, and print it"
     )
-    parser.add_argument(
-        "--convert", type=int, default=0, help="1, with --variant: only convert the photos to its format"
-    )
+    parser.add_argument("--convert", action="store_true", help="with --variant: only convert the photos to its format")
     add_out_option(parser, __file__)
     arguments = parser.parse_args(argv)
     root = arguments.folder.resolve() / str(arguments.images)
@@ -151,7 +149,7 @@ def run(variants: list[str], root: Path, images: int, repeats: int, out: Path) -
     expected = make_files(root, images, squares="redux-prepared" in variants)
     options: dict[str, int | Path] = {"images": images, "folder": root.parent}
     readings: dict[str, dict[str, list[float]]] = {}
-    for variant, conversion in measure_variants(__file__, variants, convert=1, **options):
+    for variant, conversion in measure_variants(__file__, variants, convert=True, **options):
         if "missing" in conversion:
             hint = f"pip install --no-deps {PEERS[variant][1]}"
             print(f"{variant}: skipped, {conversion['missing']}: {hint}", flush=True)
@@ -160,6 +158,7 @@ def run(variants: list[str], root: Path, images: int, repeats: int, out: Path) -
     for path in root.rglob("*"):
         if path.is_file():
             path.read_bytes()  # So that the first round finds it in the page cache, like later ones
+    # Variants take turns, so that a slow minute of the machine concerns all of them.
     for turn in range(repeats):
         for variant, measured in measure_variants(__file__, readings, **options):
             epochs = expected[IMAGE_BACKENDS.get(variant, "exact")] * PASSES.get(variant, 1)
@@ -177,8 +176,8 @@ def run(variants: list[str], root: Path, images: int, repeats: int, out: Path) -
     limit = medians["bare"]["steady_per_s"] if "bare" in medians else math.nan
     print(f"\n{'':15} samples/s  to bare  overall  first batch")
     for variant, columns in medians.items():
-        steady, overall, first = columns.values()
-        print(f"{variant:15} {steady:9.1f} {steady / limit:8.2f} {overall:8.1f} {first:10.2f} s")
+        steady, overall, first_batch = columns.values()
+        print(f"{variant:15} {steady:9.1f} {steady / limit:8.2f} {overall:8.1f} {first_batch:10.2f} s")
     installed = {package.name.lower(): package.version for package in importlib.metadata.distributions()}
     append_record(
         out,
@@ -228,7 +227,7 @@ def import_peer(variant: str) -> None:
 @contextmanager
 def use_temporary_folder() -> Iterator[None]:
     """Put all temporary files, also those of child processes, into a folder that is deleted at the end."""
-    before = {name: os.environ[name] for name in ("TMPDIR",) if name in os.environ}
+    former_variables = {name: os.environ[name] for name in ("TMPDIR",) if name in os.environ}
     with tempfile.TemporaryDirectory(ignore_cleanup_errors=True) as folder:
         os.environ["TMPDIR"] = tempfile.tempdir = folder
         try:
@@ -236,7 +235,7 @@ def use_temporary_folder() -> Iterator[None]:
         finally:
             tempfile.tempdir = None  # The module reads the environment again
             del os.environ["TMPDIR"]
-            os.environ.update(before)
+            os.environ.update(former_variables)
 
 
 def compute_checksums(batch: Iterable[np.ndarray]) -> Checksums:
@@ -372,7 +371,7 @@ def iterate_bare(root: Path, backend: ImageBackend) -> Iterator[Checksums]:
     """Read files and make pixels in two processes, which send only the checksums back."""
     paths = sorted((root / "photos").glob("*.jpg"))
     with multiprocessing.Pool(INGEST_WORKERS, torch.set_num_threads, (1,)) as pool:
-        parts = [paths[first : first + INGEST_BATCH] for first in range(0, len(paths), INGEST_BATCH)]
+        parts = [paths[start : start + INGEST_BATCH] for start in range(0, len(paths), INGEST_BATCH)]
         yield from pool.imap_unordered(partial(_load_checksums, backend=backend), parts)
 
 
@@ -429,6 +428,7 @@ def iterate_energon(root: Path) -> Iterator[Checksums]:
         stateless,
     )
 
+    # Energon takes a class for its samples, a function from the files of a tar to a sample, and an encoder.
     @edataclass
     class Photo(Sample):
         image: bytes
@@ -506,9 +506,8 @@ def open_ray_session() -> Iterator[None]:
 
 def iterate_ray_data(root: Path) -> Iterator[Checksums]:
     with open_ray_session():
-        ray.data.DataContext.get_current().target_max_block_size = (
-            16 * 2**20
-        )  # The first batch before the end of a shard
+        # Small blocks give the first batch before the end of a shard.
+        ray.data.DataContext.get_current().target_max_block_size = 16 * 2**20
         paths = [str(path) for path in (root / "shards").glob("*.tar")]
         data = ray.data.read_webdataset(
             paths,

@@ -69,14 +69,18 @@ def measure(variant: str, heads: int, image: int, text: int, repeats: int = 5) -
     with torch.no_grad():
         # A first call, so that libraries which torch loads at first use are not part of the peak.
         torch.nn.functional.scaled_dot_product_attention(query[:, :1], key[:, :1], value[:, :1])
-        before = _reset_peak(device)
+        base_bytes = _reset_peak(device)
         for _ in range(repeats):
             start = time.perf_counter()
             run()
             if device == "cuda":
                 torch.cuda.synchronize()
             times.append(time.perf_counter() - start)
-    return {"peak_mib": (_read_peak(device) - before) / 2**20, "seconds": statistics.median(times), "device": device}
+    return {
+        "peak_mib": (_read_peak(device) - base_bytes) / 2**20,
+        "seconds": statistics.median(times),
+        "device": device,
+    }
 
 
 def attend_with_all_maps(query, key, value, visible, image: int, ratio: float):  # type: ignore[no-untyped-def]

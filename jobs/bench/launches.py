@@ -79,7 +79,7 @@ def count_launches(path: CallBuilder, kernels: Any) -> LaunchCounter:
     """Count one call of a path, after another that is not counted."""
     from redux.kernels import get_kernels, set_kernels
 
-    before = get_kernels()
+    former_kernels = get_kernels()
     set_kernels(kernels)
     try:
         call = path()
@@ -87,7 +87,7 @@ def count_launches(path: CallBuilder, kernels: Any) -> LaunchCounter:
         with LaunchCounter().counting() as counter:
             call()
     finally:
-        set_kernels(before)
+        set_kernels(former_kernels)
     return counter
 
 
@@ -106,6 +106,7 @@ def _tower_block(compresses: bool, has_gradient: bool, kept: int = 6, clusters: 
     block = CLIPEncoderLayer(config).eval()
     extend_module(block, CompressingBlock)
     compression = BlockCompression(CompressionStage(0, kept, clusters), VMTC(), 1)
+    # 16 patches and a class token.
     hidden = torch.randn(2, 17, 32)
     assignment = PatchAssignment.untouched(2, 16, hidden.device)
 

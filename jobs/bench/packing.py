@@ -187,13 +187,20 @@ def draw_lengths(samples: int, seed: int = 0) -> DrawnLengths:
     rng = np.random.default_rng(seed)
     parts = list(MIX665K.values())
     counts = np.array([part.samples for part in parts])
-    part = rng.choice(len(parts), samples, p=counts / counts.sum())
+    part_index = rng.choice(len(parts), samples, p=counts / counts.sum())
     median, spread, has_image = (
-        np.array([getattr(one, name) for one in parts])[part] for name in ("median", "spread", "has_image")
+        np.array([getattr(part, name) for part in parts])[part_index] for name in ("median", "spread", "has_image")
     )
     text = (median * np.exp(spread * rng.standard_normal(samples))).astype(np.int64) + 8
     estimated = (text * np.exp(ESTIMATE_ERROR * rng.standard_normal(samples))).astype(np.int64)
     return DrawnLengths(text, has_image, estimated)
+
+
+def count_tokens(lengths: DrawnLengths, image_tokens: int) -> tuple[np.ndarray, np.ndarray]:
+    """Count the tokens of samples with their images, and estimate them as the readers do; both up to the maximum."""
+    texts = (lengths.text, lengths.estimated)
+    tokens, estimated = (np.minimum(text + image_tokens * lengths.has_image, MAX_TOKENS) for text in texts)
+    return tokens, estimated
 
 
 def measure_padding(
@@ -205,8 +212,7 @@ def measure_padding(
         packed, unpacked: share of padding. largest, largest_unpacked: computed tokens of the largest micro-batch of a
         global batch, divided by their mean; a mean over global batches.
     """
-    tokens = np.minimum(lengths.text + image_tokens * lengths.has_image, MAX_TOKENS)
-    estimated = np.minimum(lengths.estimated + image_tokens * lengths.has_image, MAX_TOKENS)
+    tokens, estimated = count_tokens(lengths, image_tokens)
     packed, unpacked = [], []
     for start in range(0, len(tokens), GLOBAL_BATCH):
         batch = tokens[start : start + GLOBAL_BATCH]
@@ -231,8 +237,7 @@ def count_computed_tokens(lengths: Sequence[int], max_length: int) -> int:
 def compare_packers(samples: int, image_tokens: int = 576) -> list[dict[str, Any]]:
     """Compare the padding and the waiting of packers on the same lengths."""
     lengths = draw_lengths(samples)
-    tokens = np.minimum(lengths.text + image_tokens * lengths.has_image, MAX_TOKENS)
-    estimated = np.minimum(lengths.estimated + image_tokens * lengths.has_image, MAX_TOKENS)
+    tokens, estimated = count_tokens(lengths, image_tokens)
     results = []
     for layout in PEER_LAYOUTS:
         measured = {}
@@ -296,9 +301,11 @@ def load_packers() -> dict[str, Packer]:
     packers: dict[str, Packer] = {}
     if importlib.util.find_spec("binpacking"):
         packers["ms-swift"] = pack_like_swift
-    found = importlib.util.find_spec("lmms_engine")
-    if found and found.submodule_search_locations:
-        build = _import_packing(Path(found.submodule_search_locations[0], "datasets", "packing")).build_online_packer
+    engine_spec = importlib.util.find_spec("lmms_engine")
+    if engine_spec and engine_spec.submodule_search_locations:
+        build = _import_packing(
+            Path(engine_spec.submodule_search_locations[0], "datasets", "packing")
+        ).build_online_packer
         packers |= {f"lmms-engine-{name}": partial(pack_online, partial(build, name)) for name in LMMS_STRATEGIES}
     return packers
 
@@ -319,11 +326,13 @@ def pack_like_swift(lengths: list[int], max_length: int) -> Iterator[list[int]]:
     """Pack with binpacking as ms-swift does: chunks of samples, of which the last pack goes on to the next chunk."""
     import binpacking  # type: ignore[import-not-found]
 
-    waiting: list[int] = []
+    leftover: list[int] = []
     for start in range(0, len(lengths), SWIFT_SAMPLES):
-        *packs, waiting = binpacking.to_constant_volume([*waiting, *lengths[start : start + SWIFT_SAMPLES]], max_length)
+        *packs, leftover = binpacking.to_constant_volume(
+            [*leftover, *lengths[start : start + SWIFT_SAMPLES]], max_length
+        )
         yield from packs
-    yield waiting
+    yield leftover
 
 
 def pack_online(build: Callable[[int], Any], lengths: list[int], max_length: int) -> Iterator[list[int]]:
@@ -349,16 +358,16 @@ def measure_speed(steps: int, has_cmai: bool, micro_batch_size: int = 8, batch_s
     module = build_speed_model(has_cmai)
     image_tokens = module.llava.config.image_seq_length
     all_conversations = make_conversations(steps * batch_size, image_tokens)
-    found: dict[str, list[float]] = {"packed": [], "unpacked": []}
+    speeds: dict[str, list[float]] = {"packed": [], "unpacked": []}
     for step in range(steps):
         conversations = all_conversations[step * batch_size : (step + 1) * batch_size]
         total = sum(len(conversation["input_ids"]) for conversation in conversations)
         kinds = {"packed": pack(conversations, micro_batch_size), "unpacked": cut(conversations, micro_batch_size)}
         for kind, batches in kinds.items():
-            started = time.process_time()
+            start = time.process_time()
             train_step(module, batches)
-            found[kind].append(total / (time.process_time() - started))
-    speed = {kind: statistics.median(values) for kind, values in found.items()}
+            speeds[kind].append(total / (time.process_time() - start))
+    speed = {kind: statistics.median(values) for kind, values in speeds.items()}
     return {**speed, "ratio": speed["packed"] / speed["unpacked"]}
 
 
@@ -408,9 +417,9 @@ def measure_packer_speed(
         ends = np.cumsum([len(row) for row in rows]).tolist()
         indices = [list(range(end - len(row), end)) for row, end in zip(rows, ends, strict=True)]
         batch = make_batch(join_rows(members, indices))
-        started = time.process_time()
+        start = time.process_time()
         train_step(module, [batch])
-        seconds.append(time.process_time() - started)
+        seconds.append(time.process_time() - start)
         tokens += sum(map(sum, rows))
     slowest = np.reshape(seconds, (steps, RANKS)).max(axis=1)
     return {

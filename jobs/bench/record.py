@@ -19,9 +19,13 @@ def measure_variants(
     Args:
         script: path of the script. Its last line of output is an object of JSON.
         variants: values of its option --variant.
-        options: values of its other options.
+        options: values of its other options; True for an option without a value.
     """
-    arguments = [word for name, value in options.items() for word in (f"--{name.replace('_', '-')}", str(value))]
+    arguments = []
+    for name, value in options.items():
+        arguments.append(f"--{name.replace('_', '-')}")
+        if value is not True:  # True stands for an option without a value
+            arguments.append(str(value))
     for variant in variants:
         # A process of its own: imports and the peak memory of one variant must not count for another.
         command = [sys.executable, script, "--variant", variant, *arguments]

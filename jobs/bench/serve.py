@@ -158,8 +158,9 @@ def measure(url: str, body: dict[str, Any], callers: int, requests: int) -> dict
     connection.request("GET", "/v1/models")
     name = json.load(connection.getresponse())["data"][0]["id"]
     content = json.dumps({**body, "model": name, "stream_options": {"include_usage": True}})
+    # The threads share the numbers of the requests, so that fast callers ask more often.
     numbers, lock = iter(range(requests)), threading.Lock()
-    firsts: list[float] = []
+    first_token_s: list[float] = []
     tokens: set[int] = set()
 
     def call() -> None:
@@ -170,7 +171,7 @@ def measure(url: str, body: dict[str, Any], callers: int, requests: int) -> dict
                     return
             first_s, image_tokens = _ask(connection, content)
             with lock:
-                firsts.append(first_s)
+                first_token_s.append(first_s)
                 tokens.add(image_tokens)
 
     threads = [threading.Thread(target=call) for _ in range(callers)]
@@ -180,9 +181,9 @@ def measure(url: str, body: dict[str, Any], callers: int, requests: int) -> dict
     for thread in threads:
         thread.join()
     seconds = time.perf_counter() - started_at
-    if len(firsts) != requests:
-        raise RuntimeError(f"{requests - len(firsts)} of {requests} requests failed")
-    p50, p95 = np.percentile(firsts, [50, 95])
+    if len(first_token_s) != requests:
+        raise RuntimeError(f"{requests - len(first_token_s)} of {requests} requests failed")
+    p50, p95 = np.percentile(first_token_s, [50, 95])
     return {
         "image_tokens": tokens.pop(),
         "requests": requests,

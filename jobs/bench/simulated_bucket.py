@@ -52,10 +52,11 @@ class TiledFile:
         end = len(self.head) + self.count * len(self.tile)
         parts = [self.head[start:stop]]
         if start < end and stop > len(self.head) and self.tile:
-            first, last = max(start - len(self.head), 0), min(stop, end) - len(self.head)
-            number = first // len(self.tile)
-            tiles = self.tile * (-(-last // len(self.tile)) - number)
-            parts.append(tiles[first - number * len(self.tile) : last - number * len(self.tile)])
+            tiles_start = max(start - len(self.head), 0)
+            tiles_stop = min(stop, end) - len(self.head)
+            number = tiles_start // len(self.tile)
+            tiles = self.tile * (-(-tiles_stop // len(self.tile)) - number)
+            parts.append(tiles[tiles_start - number * len(self.tile) : tiles_stop - number * len(self.tile)])
         parts.append(self.tail[max(start - end, 0) : max(stop - end, 0)])
         return b"".join(parts)
 
@@ -180,15 +181,15 @@ class _BucketHandler(BaseHTTPRequestHandler):
         if file is None:
             self.send(404, b"<Error><Code>NoSuchKey</Code></Error>", {})
             return
-        found = re.fullmatch(r"bytes=(\d+)-(\d+)", self.headers.get("Range", ""))
-        start, stop = (int(found[1]), min(int(found[2]) + 1, len(file))) if found else (0, len(file))
+        byte_range = re.fullmatch(r"bytes=(\d+)-(\d+)", self.headers.get("Range", ""))
+        start, stop = (int(byte_range[1]), min(int(byte_range[2]) + 1, len(file))) if byte_range else (0, len(file))
         headers = {"ETag": '"simulated"', "Last-Modified": "Sat, 28 Nov 2026 00:00:00 GMT"}
         if self.command == "HEAD":
             self.send(200, b"", {**headers, "Content-Length": str(len(file))})
             return
-        if found:
+        if byte_range:
             headers["Content-Range"] = f"bytes {start}-{stop - 1}/{len(file)}"
-        self.send(206 if found else 200, file.read(start, stop), headers)
+        self.send(206 if byte_range else 200, file.read(start, stop), headers)
 
     def send(self, status: int, data: bytes, headers: dict[str, str]) -> None:
         """Send an answer, and count it."""

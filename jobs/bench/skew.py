@@ -82,6 +82,7 @@ def build_plan(folder: Path, steps: int, zero_stage: Any = 0) -> "StagePlan":
     from redux.architecture import LanguageSizes, ModelSettings, TowerSizes, count_image_tokens
     from redux.settings import CMAI, VMTC
 
+    # The sizes of jobs/recipes/quickstart.yaml.
     tower = {"hidden_size": 96, "num_hidden_layers": 5, "num_attention_heads": 3, "intermediate_size": 192}
     language = {"hidden_size": 128, "num_hidden_layers": 2, "num_attention_heads": 4, "intermediate_size": 352}
     model = ModelSettings(
@@ -147,11 +148,11 @@ def measure_passes(plan: "StagePlan", is_trained: bool) -> dict[str, float]:
     assert isinstance(module, engine.LlavaWithLoss)
     stage = plan.stage if is_trained else replace(plan.stage, learning_rate={"projector": 1e-4, "language": 1e-4})
     engine.select_trained(module, parts, stage)
-    found: dict[str, list[float]] = {}
+    times: dict[str, list[float]] = {}
     for _ in range(REPEATS):
         for kind in ("images", "text", "whole_image", "no_tower"):
-            found.setdefault(kind, []).append(measure_pass(plan, module, kind))
-    medians = {kind: statistics.median(values) for kind, values in found.items()}
+            times.setdefault(kind, []).append(measure_pass(plan, module, kind))
+    medians = {kind: statistics.median(values) for kind, values in times.items()}
     shares = {
         name: 1 - medians["no_tower"] / medians[kind]
         for name, kind in (("share", "text"), ("whole_image_share", "whole_image"))
@@ -175,16 +176,16 @@ def measure_pass(plan: "StagePlan", module: "LlavaWithLoss", kind: str) -> float
     if kind == "no_tower":
         del tensors["pixel_values"]
     encode = ReduxModel.encode_images
-    started = time.process_time()
+    start = time.process_time()
     if kind == "whole_image":
         with patch.object(ReduxModel, "encode_images", lambda model, pixels, first_token_only: encode(model, pixels)):
             loss = module(**tensors, weight=torch.full((ROWS,), 1e-3))
     else:
         loss = module(**tensors, weight=torch.full((ROWS,), 1e-3))
     loss.backward()
-    taken = 1000 * (time.process_time() - started)
+    milliseconds = 1000 * (time.process_time() - start)
     module.zero_grad()
-    return taken
+    return milliseconds
 
 
 def train_by_torchrun(folder: Path, steps: int, zero_stage: int) -> dict[str, Any]:
@@ -223,17 +224,20 @@ def train_rank(plan: "StagePlan", steps: int) -> None:
     rank = deepspeed_engine.global_rank
     module: Any = deepspeed_engine.module
     image_id = module.llava.config.image_token_index
-    schedule, losses, skewed = LearningRateSchedule(steps, plan.stage.warmup_ratio), list[float](), 0
-    started, started_cpu = time.perf_counter(), time.process_time()
+    schedule = LearningRateSchedule(steps, plan.stage.warmup_ratio)
+    losses: list[float] = []
+    skewed = 0
+    start, start_cpu = time.perf_counter(), time.process_time()
     for number, counts in enumerate(draw_image_counts(steps), start=1):
+        # Each rank has its own number of images in a step.
         engine.set_learning_rate(deepspeed_engine, schedule, number)
         batch = make_batch(plan, number * SKEWED_RANKS + rank, counts[rank], image_id)
         update = worker.forward_backward(deepspeed_engine, plan, [batch])
         losses.append(worker.all_reduce_stats({"loss": update.loss}, deepspeed_engine.device)["loss"])
         skewed += len(set(counts)) > 1
     measured = {
-        "wall_s": round(time.perf_counter() - started, 1),
-        "cpu_s": round(time.process_time() - started_cpu, 1),
+        "wall_s": round(time.perf_counter() - start, 1),
+        "cpu_s": round(time.process_time() - start_cpu, 1),
         "skewed_steps": skewed,
         "first_loss": round(losses[0], 4),
         "last_loss": round(losses[-1], 4),

@@ -76,14 +76,14 @@ def measure_form(form: str, folder: Path, count: int) -> dict[str, Any]:
     settings = SOURCE_WRITERS[form](source, count)
     size = sum(path.stat().st_size for path in source.rglob("*") if path.is_file())
     with cluster.open_session():
-        opened = _WatchedSource(settings)
+        watched_source = _WatchedSource(settings)
         with MemoryMeter() as meter:
             start = time.perf_counter()
-            summary = make_shards(opened, opened.images, str(folder / "shards"), ShardOptions())
+            summary = make_shards(watched_source, watched_source.images, str(folder / "shards"), ShardOptions())
             seconds = time.perf_counter() - start
     if summary["samples"] != count:
         raise RuntimeError(f"{form}: got {summary}, allowed: {count} samples")
-    others = [
+    extra_files = [
         path.name
         for path in (folder / "shards").rglob("*")
         if path.suffix != ".tar" and path.name not in ("index.arrow", "quarantine.jsonl", "summary.json", "unfinished")
@@ -93,17 +93,23 @@ def measure_form(form: str, folder: Path, count: int) -> dict[str, Any]:
     start = time.process_time()  # Other processes of the machine would count in wall-clock time
     for _ in itertools.islice(RecordSource(settings), read):
         pass
-    reading = time.process_time() - start
-    half = opened.read_at[count // 2]
+    reading_s = time.process_time() - start
+    half_time = watched_source.read_at[count // 2]
     return {
         "records": count,
         "source_mb": round(size / 1e6),
         "records_per_s": round(count / seconds),
-        "reading_records_per_cpu_s": round(read / reading),
-        "driver_mb_halves": [meter.peak_mb(meter.driver, 0, half), meter.peak_mb(meter.driver, half, float("inf"))],
+        "reading_records_per_cpu_s": round(read / reading_s),
+        "driver_mb_halves": [
+            meter.peak_mb(meter.driver, 0, half_time),
+            meter.peak_mb(meter.driver, half_time, float("inf")),
+        ],
         "driver_mb_before": round(meter.driver[0][1] / 1e6),
-        "worker_mb_halves": [meter.peak_mb(meter.worker, 0, half), meter.peak_mb(meter.worker, half, float("inf"))],
-        "other_files": len(others),
+        "worker_mb_halves": [
+            meter.peak_mb(meter.worker, 0, half_time),
+            meter.peak_mb(meter.worker, half_time, float("inf")),
+        ],
+        "other_files": len(extra_files),
         "temporary_files": len([path for path in folder.iterdir() if path.name not in ("source", "shards")]),
     }
 
@@ -150,7 +156,7 @@ class MemoryMeter:
     @staticmethod
     def peak_mb(samples: list[tuple[float, int]], start: float, end: float) -> int:
         """Return the peak between two times, in MB."""
-        return round(max((size for at, size in samples if start <= at < end), default=0) / 1e6)
+        return round(max((size for timestamp, size in samples if start <= timestamp < end), default=0) / 1e6)
 
 
 def is_worker(process: psutil.Process) -> bool:
@@ -167,8 +173,8 @@ def read_anonymous_bytes(pid: int) -> int:
         status = Path(f"/proc/{pid}/status").read_text()
     except OSError:
         return 0
-    found = re.search(r"RssAnon:\s+(\d+)", status)
-    return 1024 * int(found[1]) if found else 0
+    match = re.search(r"RssAnon:\s+(\d+)", status)
+    return 1024 * int(match[1]) if match else 0
 
 
 # --- data ------------------------------------------------------------------------------------------------------------
@@ -271,8 +277,8 @@ def write_llama_factory(folder: Path, count: int) -> SetSource:
 
 
 def list_batches(count: int, make_row: Callable[[int], dict], size: int = ROWS_PER_GROUP) -> Iterator[pa.Table]:
-    for first in range(0, count, size):
-        yield pa.Table.from_pylist([make_row(number) for number in range(first, min(first + size, count))])
+    for start in range(0, count, size):
+        yield pa.Table.from_pylist([make_row(number) for number in range(start, min(start + size, count))])
 
 
 def write_parquet(folder: Path, count: int) -> SetSource:
@@ -283,9 +289,9 @@ def write_parquet(folder: Path, count: int) -> SetSource:
         return {"image": image, "conversations": make_turns(number, *LLAVA)}
 
     tables = list_batches(count, make_row)
-    first = next(tables)
-    with parquet.ParquetWriter(folder / "a.parquet", first.schema) as writer:
-        writer.write_table(first)
+    first_table = next(tables)
+    with parquet.ParquetWriter(folder / "a.parquet", first_table.schema) as writer:
+        writer.write_table(first_table)
         for table in tables:
             writer.write_table(table)
     return SetSource(source=str(folder / "a.parquet"))
@@ -299,9 +305,9 @@ def write_arrow(folder: Path, count: int) -> SetSource:
         return {"images": [image], "messages": make_turns(number, *OPENAI)}
 
     tables = list_batches(count, make_row)
-    first = next(tables)
-    with ipc.new_stream(folder / "data-00000-of-00001.arrow", first.schema) as writer:
-        writer.write_table(first)
+    first_table = next(tables)
+    with ipc.new_stream(folder / "data-00000-of-00001.arrow", first_table.schema) as writer:
+        writer.write_table(first_table)
         for table in tables:
             writer.write_table(table)
     for name in ("state.json", "dataset_info.json"):
@@ -331,10 +337,10 @@ def write_tars(folder: Path, count: int, make_sample: Callable[[int, bytes], dic
     images = draw_images()
     webdataset = import_without("webdataset", "torch")
     names = []
-    for first in range(0, count, SAMPLES_PER_TAR):
-        names.append(f"{first // SAMPLES_PER_TAR:05d}.tar")
+    for start in range(0, count, SAMPLES_PER_TAR):
+        names.append(f"{start // SAMPLES_PER_TAR:05d}.tar")
         with webdataset.TarWriter(str(folder / names[-1])) as tar:
-            for number in range(first, min(first + SAMPLES_PER_TAR, count)):
+            for number in range(start, min(start + SAMPLES_PER_TAR, count)):
                 tar.write({"__key__": f"{number:09d}", **make_sample(number, images[number % DISTINCT_IMAGES])})
     return names
 

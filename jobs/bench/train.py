@@ -136,7 +136,7 @@ def build_plan(folder: Path, steps: RunSteps) -> "StagePlan":
     from pipelines.training.stage import Stage
     from redux.architecture import LanguageSizes, ModelSettings, TowerSizes, count_image_tokens
 
-    # A model whose step is long enough to compare.
+    # A model whose steps are long enough to be compared.
     sizes = {"hidden_size": 256, "num_attention_heads": 8, "intermediate_size": 768}
     model = ModelSettings(
         tower=TowerSizes(image_size=64, patch_size=8, num_hidden_layers=6, **sizes),
@@ -212,7 +212,7 @@ def measure_steps(plan: "StagePlan") -> list[float]:
     warmup = RunSteps(plan.stage.steps).warmup
     # From the end of a step to the end of the next, because Ray's part lies between them.
     pairs = zip(steps[warmup - 1 :], steps[warmup:], strict=False)
-    return [after["at"] - before["at"] - after["stall_s"] for before, after in pairs]
+    return [step["at"] - previous["at"] - step["stall_s"] for previous, step in pairs]
 
 
 def train_by_torchrun(plan: "StagePlan") -> list[float]:
@@ -245,20 +245,20 @@ def train_without_ray(folder: Path) -> None:
         times.append(time.time())
     if engine.global_rank == 0:
         pairs = zip(times[steps.warmup - 1 :], times[steps.warmup :], strict=False)
-        (folder / "bare.json").write_text(json.dumps([after - before for before, after in pairs]))
+        (folder / "bare.json").write_text(json.dumps([end - start for start, end in pairs]))
 
 
 def measure_recovery(killed: list[dict[str, Any]], killed_at: float) -> dict[str, float]:
     """Return the seconds of each part of a recovery, from the kill to the first step of the new workers."""
     fault_event = next(event for event in killed if event["event"] == "fault")
     start = next(event for event in killed if event["event"] == "start" and event["at"] > fault_event["at"])
-    first = next(event for event in killed if event["event"] == "step" and event["at"] > start["at"])
-    entered = start["at"] - start["restore_s"]
+    first_step = next(event for event in killed if event["event"] == "step" and event["at"] > start["at"])
+    entry_time = start["at"] - start["restore_s"]
     return {
         "detection": fault_event["at"] - killed_at,
-        "start": entered - fault_event["at"],
+        "start": entry_time - fault_event["at"],
         "restore": start["restore_s"],
-        "first_batch_and_step": first["at"] - start["at"],
+        "first_batch_and_step": first_step["at"] - start["at"],
     }
 
 

@@ -225,9 +225,9 @@ def test_a_chat_stage_needs_shared_stages_with_a_chat_template(
     jobs = search.TrialJobs(loaded)
     assert jobs.build({}).train["instruct"].template == "vicuna_bare"
     trained = search.TrialJobs(loaded, (jobs.build({}), tmp_path))
-    for of_trials in (jobs, trained):
+    for trial_jobs in (jobs, trained):
         with pytest.raises(ValueError, match=PLAIN_BEFORE_CHAT):
-            of_trials(chat)
+            trial_jobs.build(chat)
 
 
 def test_pruning_requires_a_trained_stage(tmp_path: Path) -> None:

@@ -89,10 +89,11 @@ def split_generation(bench: Bench, group: str) -> None:
         name, _, rest = label.partition("|")
         phase, _, choice = rest.partition("/")
         if phase == "prefill":
-            whole = result["ms"].get(f"{name}|all/{choice}", [])
+            totals = result["ms"].get(f"{name}|all/{choice}", [])
             prefill[f"{name}/{choice}"] = times
             decode[f"{name}/{choice}"] = [
-                (total - first) / (bench.shapes.new_tokens - 1) for first, total in zip(times, whole, strict=False)
+                (total - prefill_ms) / (bench.shapes.new_tokens - 1)
+                for prefill_ms, total in zip(times, totals, strict=False)
             ]
     bench.results[f"prefill {group}"] = {"ms": prefill, "errors": result["errors"]}
     bench.results[f"decode {group}"] = {
@@ -129,8 +130,9 @@ def time_compiled_decoding(bench: Bench) -> None:
         bench.time_variants("generation", variants, warm_calls=2)
         part = bench.results.pop("generation")
         result["errors"] |= part["errors"]
-        first, whole = (part["ms"].get(variant.label, []) for variant in variants)
-        per_token = [(total - start) / (shapes.new_tokens - 1) for start, total in zip(first, whole, strict=False)]
+        prefills, totals = (part["ms"].get(variant.label, []) for variant in variants)
+        pairs = zip(prefills, totals, strict=False)
+        per_token = [(total - prefill_ms) / (shapes.new_tokens - 1) for prefill_ms, total in pairs]
         if per_token:
             result["ms"][f"{name}/{choice}"] = per_token
         bench.results["decode compiled"] = result

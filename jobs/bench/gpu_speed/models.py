@@ -58,12 +58,12 @@ def share_weights(base: nn.Module, config: ReduxConfig) -> ReduxForConditionalGe
 @contextmanager
 def default_dtype(dtype: torch.dtype) -> Iterator[None]:
     """Build floating-point tensors in this dtype."""
-    before = torch.get_default_dtype()
+    former_dtype = torch.get_default_dtype()
     torch.set_default_dtype(dtype)
     try:
         yield
     finally:
-        torch.set_default_dtype(before)
+        torch.set_default_dtype(former_dtype)
 
 
 def build_last_layer(bench: Bench, cmai: CMAI | None) -> Any:

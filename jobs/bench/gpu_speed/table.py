@@ -4,7 +4,7 @@ import statistics
 from typing import Any, NamedTuple
 
 from jobs.bench.gpu_speed.shapes import Shapes
-from jobs.bench.gpu_speed.timing import CHOICES, Bench, Choice, format_medians
+from jobs.bench.gpu_speed.timing import CHOICES, Bench, TimedChoice, format_medians
 
 
 class Goal(NamedTuple):
@@ -66,7 +66,7 @@ def find_base_times(result: dict[str, Any], goal: Goal) -> list[float]:
     return result["ms"].get(f"{goal.base}/plain") or result["ms"].get(f"{goal.base}/fused", [])
 
 
-def compute_ratio(result: dict[str, Any], goal: Goal, choice: Choice) -> tuple[float, float, float] | None:
+def compute_ratio(result: dict[str, Any], goal: Goal, choice: TimedChoice) -> tuple[float, float, float] | None:
     """Compute quartiles of the ratio over rounds: (first, median, third); None if a variant has no times."""
     times = result["ms"].get(f"{goal.variant}/{choice}", [])
     base = find_base_times(result, goal)
@@ -80,8 +80,8 @@ def compute_ratio(result: dict[str, Any], goal: Goal, choice: Choice) -> tuple[f
         return None
     if len(pairs) == 1:
         return pairs[0], pairs[0], pairs[0]
-    first, median, third = statistics.quantiles(pairs, n=4, method="inclusive")
-    return first, median, third
+    lower, median, upper = statistics.quantiles(pairs, n=4, method="inclusive")
+    return lower, median, upper
 
 
 def format_ratio(quartiles: tuple[float, float, float] | None) -> str:

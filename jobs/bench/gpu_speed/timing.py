@@ -14,10 +14,10 @@ import torch
 from jobs.bench.gpu_speed.shapes import Shapes
 from redux.kernels import set_kernels
 
-Choice = str
+TimedChoice = str
 """Column of the table: "plain", or "fused" for what the library chooses on this machine ("auto")."""
 
-CHOICES: dict[Choice, Any] = {"plain": "plain", "fused": "auto"}
+CHOICES: dict[TimedChoice, Any] = {"plain": "plain", "fused": "auto"}
 """Argument of `set_kernels` for each column."""
 
 MAX_ROUNDS = 15
@@ -33,7 +33,7 @@ class TimedVariant(NamedTuple):
     """
 
     name: str
-    choice: Choice
+    choice: TimedChoice
     run: Callable[[], object]
 
     @property
@@ -107,13 +107,13 @@ class Bench:
             for _ in range(warm_calls):
                 if attempt(variant) is None:
                     break
-        started = time.perf_counter()
+        start = time.perf_counter()
         for number in range(MAX_ROUNDS):
-            if number >= self.shapes.rounds and time.perf_counter() - started > self.shapes.section_s:
+            if number >= self.shapes.rounds and time.perf_counter() - start > self.shapes.section_s:
                 break
             # Every round begins with another variant.
-            first = number % max(len(remaining), 1)
-            for variant in [*remaining[first:], *remaining[:first]]:
+            offset = number % max(len(remaining), 1)
+            for variant in [*remaining[offset:], *remaining[:offset]]:
                 times = [attempt(variant) for _ in range(1 + settles) if variant in remaining]
                 if times[-1] is not None:
                     result["ms"].setdefault(variant.label, []).append(round(times[-1], 4))
@@ -151,10 +151,10 @@ class Bench:
             return 0.0
         torch.cuda.synchronize()
         torch.cuda.reset_peak_memory_stats()
-        before = torch.cuda.memory_allocated()
+        base_bytes = torch.cuda.memory_allocated()
         run()
         torch.cuda.synchronize()
-        return round((torch.cuda.max_memory_allocated() - before) / 2**30, 2)
+        return round((torch.cuda.max_memory_allocated() - base_bytes) / 2**30, 2)
 
 
 def describe_error(error: Exception) -> str:

@@ -16,7 +16,7 @@ from jobs.bench.gpu_speed.models import (
     list_methods,
     share_weights,
 )
-from jobs.bench.gpu_speed.timing import CHOICES, Bench, Choice, TimedVariant, build_variants
+from jobs.bench.gpu_speed.timing import CHOICES, Bench, TimedChoice, TimedVariant, build_variants
 from redux.kernels import set_kernels
 from redux.model import ReduxForConditionalGeneration
 from redux.settings import CMAI, VMTC
@@ -78,7 +78,7 @@ def time_layer_of_length(bench: Bench, image: int, text: int) -> None:
         decoder.layers[0].load_state_dict(decoders["causal SDPA"].layers[0].state_dict())
     visible = torch.ones(length, length, dtype=torch.bool, device=bench.device).tril().expand(batch, 1, -1, -1)
 
-    def build_run(name: str, choice: Choice, **changes: Any) -> Callable[[], object]:
+    def build_run(name: str, choice: TimedChoice, **changes: Any) -> Callable[[], object]:
         # CMAI prepares the arguments of a layer for the kernels that are chosen then.
         set_kernels(CHOICES[choice])
         layer = decoders[name].layers[0]
