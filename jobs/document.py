@@ -141,17 +141,17 @@ class _Loader(yaml.SafeLoader):
 
     def compose_mapping_node(self, anchor: Any) -> yaml.MappingNode:
         node = super().compose_mapping_node(anchor)
-        seen: set[Hashable] = set()
+        keys: set[Hashable] = set()
         for key, _ in node.value:
             if key.tag == "tag:yaml.org,2002:merge":
                 continue
             if key.tag != "tag:yaml.org,2002:str":
                 raise yaml.composer.ComposerError(None, None, "a key must be text", key.start_mark)
-            if key.value in seen:
+            if key.value in keys:
                 raise yaml.composer.ComposerError(
                     None, None, f"key {key.value!r} is given twice, allowed: once", key.start_mark
                 )
-            seen.add(key.value)
+            keys.add(key.value)
         return node
 
 
@@ -166,8 +166,8 @@ class _JobDumper(yaml.SafeDumper):
 for _class in (_Loader, _JobDumper):
     _class.add_implicit_resolver("tag:yaml.org,2002:float", _EXPONENT, list("-+.0123456789"))
 _Loader.yaml_implicit_resolvers = {
-    first: [(tag, pattern) for tag, pattern in resolvers if tag != "tag:yaml.org,2002:timestamp"]
-    for first, resolvers in _Loader.yaml_implicit_resolvers.items()
+    character: [(tag, pattern) for tag, pattern in resolvers if tag != "tag:yaml.org,2002:timestamp"]
+    for character, resolvers in _Loader.yaml_implicit_resolvers.items()
 }
 
 

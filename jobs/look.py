@@ -316,8 +316,8 @@ def draw_pictures(model: ReduxModel | None, samples: Sequence[PreviewSample]) ->
         return [None] * len(samples)
     images = {number: sample.image for number, sample in enumerate(samples) if sample.image is not None}
     pictures: dict[int, Image.Image] = {}
-    for first in range(0, len(images), ENCODE_BATCH_SIZE):
-        numbers = list(images)[first : first + ENCODE_BATCH_SIZE]
+    for start in range(0, len(images), ENCODE_BATCH_SIZE):
+        numbers = list(images)[start : start + ENCODE_BATCH_SIZE]
         values = np.stack([images[number].transpose(2, 0, 1) for number in numbers])
         with torch.inference_mode():
             _, assignment = model.encode_images(normalize_pixels(torch.from_numpy(values)))

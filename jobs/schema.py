@@ -173,7 +173,7 @@ class Job:
 
 def _name_held_out_task(name: str) -> TaskName:
     """Name the task of the held-out samples of a set, whose name may have characters that no task may have."""
-    return "held_out_" + re.sub(r"[^A-Za-z0-9_-]", lambda found: f"-{ord(found[0]):x}-", name)
+    return "held_out_" + re.sub(r"[^A-Za-z0-9_-]", lambda match: f"-{ord(match[0]):x}-", name)
 
 
 def load(path: Path, overrides: Sequence[str] = ()) -> Job:

@@ -35,14 +35,14 @@ class FlopsPart(NamedTuple):
     Args:
         title: name of the part.
         share: its length.
-        before: length of all parts before it.
+        start: length of all parts before it.
         colour: CSS variable of its colour.
         opacity: opacity of its colour.
     """
 
     title: str
     share: float
-    before: float
+    start: float
     colour: str
     opacity: float
 
@@ -97,11 +97,11 @@ def _make_line(title: str, costs: Sequence[int], write: Callable[[float], str] |
 
 def _split_flops(cost: Cost, longest: int) -> tuple[FlopsPart, ...]:
     parts = []
-    before = 0.0
+    start = 0.0
     for name, (title, colour, opacity) in FLOPS_PARTS.items():
         share = getattr(cost, name) / longest
-        parts.append(FlopsPart(title, share, before, colour, opacity))
-        before += share
+        parts.append(FlopsPart(title, share, start, colour, opacity))
+        start += share
     return tuple(parts)
 
 

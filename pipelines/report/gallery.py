@@ -157,10 +157,10 @@ def select_rows(rows: Sequence[JudgedRow], count: int) -> list[JudgedRow]:
 
     Up to three of four are wrong, so that a filter for right answers finds some.
     """
-    wrong = [judged for judged in rows if judged.is_wrong]
-    others = [judged for judged in rows if not judged.is_wrong]
-    num_wrong = min(len(wrong), max(round(count * WRONG_SHARE), count - len(others)))
-    selected = _spread_over_kinds(wrong, num_wrong) + _spread_over_kinds(others, count - num_wrong)
+    wrong_rows = [judged for judged in rows if judged.is_wrong]
+    other_rows = [judged for judged in rows if not judged.is_wrong]
+    num_wrong = min(len(wrong_rows), max(round(count * WRONG_SHARE), count - len(other_rows)))
+    selected = _spread_over_kinds(wrong_rows, num_wrong) + _spread_over_kinds(other_rows, count - num_wrong)
     return sorted(selected, key=lambda judged: 2.0 if judged.score is None else judged.score)
 
 
@@ -190,8 +190,8 @@ def select_images(rows: Sequence[JudgedRow], reader: ImageReader, count: int) ->
 
     The selection does not depend on the responses.
     """
-    first = {str(judged.row.get("image", judged.row.get("unit"))): judged for judged in reversed(rows)}
-    by_image = list(reversed(first.values()))
+    first_row_by_image = {str(judged.row.get("image", judged.row.get("unit"))): judged for judged in reversed(rows)}
+    by_image = list(reversed(first_row_by_image.values()))
     result = []
     for index in spread_evenly(len(by_image), count):
         try:
@@ -226,9 +226,9 @@ def _make_card(judged: JudgedRow, reader: ImageReader) -> Card:
 def make_thumbnail(content: bytes) -> Image.Image:
     """Decode an image file as a thumbnail; ValueError if that is impossible."""
     try:
-        with Image.open(io.BytesIO(content)) as opened:
-            opened.draft("RGB", (2 * THUMBNAIL_SIZE, 2 * THUMBNAIL_SIZE))  # A large JPEG is decoded at a smaller size
-            image = opened.convert("RGB")
+        with Image.open(io.BytesIO(content)) as decoder:
+            decoder.draft("RGB", (2 * THUMBNAIL_SIZE, 2 * THUMBNAIL_SIZE))  # A large JPEG is decoded at a smaller size
+            image = decoder.convert("RGB")
     except Exception as error:  # Each of Pillow's formats has its own
         raise ValueError(f"not an image that can be read: {type(error).__name__}") from None
     image.thumbnail((THUMBNAIL_SIZE, THUMBNAIL_SIZE))

@@ -51,8 +51,8 @@ class PaperClaim:
     @property
     def rows(self) -> tuple[TableRow, TableRow]:
         """The two rows: that of the claim, and that with which it is compared."""
-        found = {row.label: row for row in self._list_rows()}
-        return found[self.ours], found[self.base]
+        rows_by_label = {row.label: row for row in self._list_rows()}
+        return rows_by_label[self.ours], rows_by_label[self.base]
 
     def _list_rows(self) -> tuple[TableRow, ...]:
         return (LLAVA_ROW, *make_spd_rows()) if self.table == "figure-2" else TABLE_ROWS[self.table]

@@ -142,7 +142,7 @@ class TimePart(NamedTuple):
         name: title.
         seconds: its length.
         share: its share of the wall time.
-        before: share of all parts before it.
+        start: share of all parts before it.
         colour: CSS variable of its colour.
         opacity: opacity of its colour.
     """
@@ -150,7 +150,7 @@ class TimePart(NamedTuple):
     name: str
     seconds: float
     share: float
-    before: float
+    start: float
     colour: str
     opacity: float
 
@@ -172,8 +172,8 @@ class PatchPanel(NamedTuple):
         judged: the question and the response.
         original: the image as the model sees it.
         patches: the image with its patches marked.
-        before: number of patches.
-        after: number of tokens.
+        num_patches: number of patches.
+        num_tokens: number of tokens.
         kept: number of patches with a token of their own.
         merged: number of patches in clusters.
         clusters: number of clusters.
@@ -184,8 +184,8 @@ class PatchPanel(NamedTuple):
     judged: JudgedRow
     original: str
     patches: str
-    before: int
-    after: int
+    num_patches: int
+    num_tokens: int
     kept: int
     merged: int
     clusters: int
@@ -361,13 +361,13 @@ def _make_time_parts(account: Account, wall_s: float | None) -> list[TimePart]:
         return []
     total = wall_s or account.total
     parts = []
-    before = 0.0
+    start = 0.0
     for key, (name, colour, opacity) in TIME_PARTS.items():
         seconds = total - account.total if key == "outside" else getattr(account, key)
         if key == "outside" and not seconds:
             continue
-        parts.append(TimePart(name, seconds, seconds / total, before, colour, opacity))
-        before += seconds / total
+        parts.append(TimePart(name, seconds, seconds / total, start, colour, opacity))
+        start += seconds / total
     return parts
 
 
@@ -506,8 +506,8 @@ def _draw_panel(title: str, judged: JudgedRow, trace: ImageTrace) -> tuple[Patch
         judged,
         original=page.encode_image(original),
         patches=page.encode_image(patches),
-        before=token_of_patch.size,
-        after=trace.num_tokens,
+        num_patches=token_of_patch.size,
+        num_tokens=trace.num_tokens,
         kept=int((~merged & ~dropped).sum()),
         merged=int(clustered.sum()),
         clusters=len(set(token_of_patch[clustered].tolist())),

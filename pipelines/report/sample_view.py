@@ -386,24 +386,26 @@ def name_tokens(
         find_name, special_ids = tokenizer.convert_ids_to_tokens, set(tokenizer.all_special_ids)
     result = list[ShownToken]()
     shown_end = 0
-    for position, (token, first, last) in enumerate(zip(ids.tolist(), start.tolist(), end.tolist(), strict=True)):
+    for position, (token, token_start, token_end) in enumerate(
+        zip(ids.tolist(), start.tolist(), end.tolist(), strict=True)
+    ):
         # Blanks before a token that the tokenizer drops are shown with the token.
-        gap = text[shown_end:first]
-        characters = (gap if gap.isspace() else "") + text[first:last]
-        if text[first:last] == IMAGE_TOKEN:
-            shown = ShownToken(IMAGE_TOKEN, token, position, True)
-        elif first == last:
-            shown = ShownToken(find_name(token) or f"<{token}>", token, position, True)
-        elif last <= shown_end:
+        gap = text[shown_end:token_start]
+        characters = (gap if gap.isspace() else "") + text[token_start:token_end]
+        if text[token_start:token_end] == IMAGE_TOKEN:
+            shown_token = ShownToken(IMAGE_TOKEN, token, position, True)
+        elif token_start == token_end:
+            shown_token = ShownToken(find_name(token) or f"<{token}>", token, position, True)
+        elif token_end <= shown_end:
             # Several tokens of one character, such as the bytes of an emoji, have the same characters.
-            shown = ShownToken(CONTINUED, token, position, True)
+            shown_token = ShownToken(CONTINUED, token, position, True)
         else:
             # The token for unknown text is special, too, but stands for characters.
             is_unknown = token == tokenizer.unk_token_id
             is_special = token in special_ids and not is_unknown
-            shown = ShownToken(characters, token, position, is_special, is_unknown)
-        shown_end = max(shown_end, last)
-        result.append(shown)
+            shown_token = ShownToken(characters, token, position, is_special, is_unknown)
+        shown_end = max(shown_end, token_end)
+        result.append(shown_token)
     return result
 
 

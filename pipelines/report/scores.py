@@ -363,19 +363,21 @@ def count_confusions(result: TaskResult) -> ConfusionMatrix | list[Confusion]:
     if 2 <= len(counts) <= MAX_REFERENCES:
         return _count_matrix(judged, sorted(counts, key=lambda answer: (kinds[answer], -counts[answer], answer)))
     # With more answers a matrix would be too wide for the page.
-    wrong = Counter((_name_reference(row), _name_response(row)) for row in judged if row.is_wrong)
+    wrong_pairs = Counter((_name_reference(row), _name_response(row)) for row in judged if row.is_wrong)
     return [
         Confusion(answer, response, times, times / counts[answer])
-        for (answer, response), times in wrong.most_common(MAX_CONFUSIONS)
+        for (answer, response), times in wrong_pairs.most_common(MAX_CONFUSIONS)
     ]
 
 
 def _count_matrix(judged: Sequence[JudgedRow], references: Sequence[str]) -> ConfusionMatrix:
-    known = {reference.casefold(): reference for reference in references}
+    references_by_text = {reference.casefold(): reference for reference in references}
     counts = Counter[tuple[str, str]]()
     for row in judged:
         reference = _name_reference(row)
-        response = reference if row.is_right else known.get(_name_response(row).rstrip(".").casefold(), OTHER)
+        response = (
+            reference if row.is_right else references_by_text.get(_name_response(row).rstrip(".").casefold(), OTHER)
+        )
         # A wrong response that looks like its reference, such as one in upper case, is not on the diagonal.
         counts[reference, OTHER if response == reference and row.is_wrong else response] += 1
     has_other = any(response == OTHER for _, response in counts) and OTHER not in references
