@@ -37,7 +37,7 @@ def count_workers(job: Job) -> dict[str, int]:
     return {name: plan.workers[0] for name, plan in decided.items() if plan.workers}
 
 
-def list_all_steps(job: Job) -> list[str]:
+def list_all_phases(job: Job) -> list[str]:
     return ["shards", *job.train, "evaluate", "report"]
 
 
@@ -56,7 +56,7 @@ def test_the_quickstart_uses_the_machine(machine, cpus: int, gpus: int, workers:
     """Its stages have two micro-batches each, so a third worker would have nothing to do."""
     machine(cpus, gpus)
     job = schema.load(QUICKSTART)
-    run._check_resources(job, list_all_steps(job))
+    run._check_resources(job, list_all_phases(job))
     assert count_workers(job) == workers
     assert job.evaluate
     assert evaluate.count_actors(job.evaluate, job.gpu_share, batches=100) == actors
@@ -77,7 +77,7 @@ def test_a_recipe_uses_gpus_that_divide_its_batch(
     machine(32, gpus)
     monkeypatch.setattr(model_parts, "measure_image", lambda model, folder: (336, 288))
     job = schema.load(JOBS / f"{name}.yaml")
-    run._check_resources(job, list_all_steps(job))
+    run._check_resources(job, list_all_phases(job))
     assert count_workers(job) == {"pretrain": workers, "instruct": workers}
 
 
@@ -97,7 +97,7 @@ def test_the_error_names_numbers_that_fit(machine, overrides: list[str], message
     machine(16, 1)
     job = schema.load(QUICKSTART, overrides)
     with pytest.raises(ValueError, match=message):
-        run._check_resources(job, list_all_steps(job))
+        run._check_resources(job, list_all_phases(job))
     run._check_resources(job, ["shards", "report"])  # finished phases need nothing
 
 
@@ -118,9 +118,9 @@ def test_cpus_are_those_that_ray_is_asked_for(machine, overrides: list[str], mes
     job = schema.load(QUICKSTART, [*batches, *sizes, *overrides])
     if message:
         with pytest.raises(ValueError, match=message):
-            run._check_resources(job, list_all_steps(job))
+            run._check_resources(job, list_all_phases(job))
     else:
-        run._check_resources(job, list_all_steps(job))
+        run._check_resources(job, list_all_phases(job))
 
 
 @pytest.mark.parametrize(
@@ -158,7 +158,7 @@ def test_the_proposed_number_fits_every_stage(machine) -> None:
     ]
     job = schema.load(QUICKSTART, [*batches, "num_workers=[4, 8]"])
     with pytest.raises(ValueError, match="needs 4 GPUs, found 3; set num_workers=2, or auto"):
-        run._check_resources(job, list_all_steps(job))
+        run._check_resources(job, list_all_phases(job))
     schema.load(QUICKSTART, [*batches, "num_workers=2"])
 
 
