@@ -439,6 +439,8 @@ def describe_changes(trained: Preset, applied: Preset) -> list[str]:
     (['CMAI off'], ['VMTC (tokens = 64)', 'CMAI'])
     >>> describe_changes(PRESETS["default"], PRESETS["tokens-64"])
     ['VMTC (tokens = 64)']
+    >>> describe_changes(PRESETS["llava"], PRESETS["prumerge"])
+    ['PruMerge (tokens = 36)']
     """
     changes = []
     for part, title in METHOD_LABELS.items():
@@ -450,10 +452,17 @@ def describe_changes(trained: Preset, applied: Preset) -> list[str]:
             continue
         values = asdict(after)
         others = asdict(before) if before else {field.name: field.default for field in fields(after)}
+        # the method of a reduction has a title of its own
+        title = KIND_TITLES.get(values.pop("method", None), title)
         # a field at None follows from the others
-        differing = [f"{key} = {value}" for key, value in values.items() if value not in (None, others[key])]
+        differing = [_write_setting(key, value) for key, value in values.items() if value not in (None, others[key])]
         changes.append(f"{title} ({', '.join(differing)})" if differing else title)
     return changes
+
+
+def _write_setting(key: str, value: Any) -> str:
+    """Write a setting of a method, a long list by its length."""
+    return f"{len(value)} {key}" if isinstance(value, tuple) and len(value) > 3 else f"{key} = {value}"
 
 
 def list_method_labels(methods: Preset) -> list[str]:
