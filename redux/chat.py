@@ -1,12 +1,12 @@
 """Conversations with a LLaVA: several turns, several images, batches, sampling, and answers token by token.
 
-A conversation is encoded with the template and the pixels of the training (`redux.conversation`, `redux.image`).  A
-turn with several images begins with one `<image>` line for each.  A batch of conversations is padded on the left, and
-each row has its own sampling and its own end, so a row's answer does not depend on the other rows.  A greedy answer is
+A conversation is encoded with the template and the pixels of the training (`redux.conversation`, `redux.image`). A
+turn with several images begins with one `<image>` line for each. A batch of conversations is padded on the left, and
+each row has its own sampling and its own end, so a row's answer does not depend on the other rows. A greedy answer is
 that of `redux.answering`.
 
-Generation calls back after each step, in the thread of the caller.  The caller prints, sends or stores the new text,
-and may end single rows.  On a GPU, greedy batches decode by a CUDA graph (`redux.graph_decoding`).
+Generation calls back after each step, in the thread of the caller. The caller prints, sends or stores the new text,
+and may end single rows. On a GPU, greedy batches decode by a CUDA graph (`redux.graph_decoding`).
 """
 
 from collections.abc import Callable, Sequence
@@ -84,7 +84,7 @@ DeltaCallback = Callable[[Sequence[Delta]], Sequence[int]]
 
 
 class ChatModel(TrainedLlava):
-    """A LLaVA that continues conversations.  One batch at a time."""
+    """A LLaVA that continues conversations. One batch at a time."""
 
     @cached_property
     def max_length(self) -> int:
@@ -258,7 +258,7 @@ def split_messages(template: Template, messages: Sequence[Message], eos: str | N
         for message in messages
     ]
     pieces = list(template.split_spans(turns, *([eos] if eos else [])))
-    # the template writes one `<image>` line for a turn; a turn of several images needs as many
+    # The template writes one `<image>` line for a turn; a turn of several images needs as many.
     counts = iter([len(message.images) for message in messages if message.images])
     result = []
     for text, is_learned in pieces:
@@ -297,7 +297,7 @@ class RowDecoder:
         elif len(self.tokens) == self.sampling.max_new_tokens:
             self.finish_reason = "length"
         final = decoded if self.finish_reason else self._cut_unfinished(decoded)
-        # some decoders change earlier text for a while, which cannot be taken back: wait until they agree again
+        # Some decoders change earlier text for a while, which cannot be taken back: wait until they agree again.
         new = final[len(self.text) :] if final.startswith(self.text) or self.finish_reason else ""
         self.text += new
         return Delta(self.number, new, len(self.tokens), self.finish_reason)
@@ -314,7 +314,7 @@ class RowDecoder:
 class RowSampler(LogitsProcessor):
     """Draws the next token of each row with the row's own temperature, nucleus and seed.
 
-    The drawn token keeps its score and all others lose theirs, so that greedy generation takes it.  Rows of temperature
+    The drawn token keeps its score and all others lose theirs, so that greedy generation takes it. Rows of temperature
     0 keep all scores.
 
     Args:
@@ -323,7 +323,7 @@ class RowSampler(LogitsProcessor):
 
     def __init__(self, samplings: Sequence[Sampling]) -> None:
         self.samplings = samplings
-        # draws on the CPU, so that a seed gives the same answer on each device
+        # Draws on the CPU, so that a seed gives the same answer on each device.
         self.generators = [torch.Generator() for _ in samplings]
         for generator, sampling in zip(self.generators, samplings, strict=True):
             if sampling.seed is None:
@@ -338,7 +338,7 @@ class RowSampler(LogitsProcessor):
             probabilities, tokens = (
                 (scores[row].float() / sampling.temperature).softmax(dim=0).cpu().sort(descending=True)
             )
-            # the likeliest tokens whose mass before them is below top_p
+            # The likeliest tokens whose mass before them is below top_p.
             probabilities[probabilities.cumsum(dim=0) - probabilities >= sampling.top_p] = 0
             token = tokens[torch.multinomial(probabilities, 1, generator=generator)]
             kept = scores[row, token].clone()

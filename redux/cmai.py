@@ -1,16 +1,16 @@
 """Cross-Modality Attention Inhibition: the pairs of text and image tokens that a layer may not attend to.
 
 In every layer of the language model a text token may attend only to the image tokens that matter to it: those whose
-focus score F = A_n2i + A_t2i (`redux.focus`) reaches the gamma-th quantile of its row.  The other pairs get minus
-infinity before the softmax (`redux.attention`), which then renormalises the row.  The mask is a threshold, so no
-gradient flows through F.  A pair whose score equals the threshold stays, so recomputed activations give the same mask.
-Rows up to the first text after an image lose nothing and are skipped.  A `FocusCache` keeps the rows of A_t2i with the
-keys and values, so decoding (`redux.decoding`) equals the full forward pass.  `redux.plugin` finds the image tokens.
+focus score F = A_n2i + A_t2i (`redux.focus`) reaches the gamma-th quantile of its row. The other pairs get minus
+infinity before the softmax (`redux.attention`), which then renormalises the row. The mask is a threshold, so no
+gradient flows through F. A pair whose score equals the threshold stays, so recomputed activations give the same mask.
+Rows up to the first text after an image lose nothing and are skipped. A `FocusCache` keeps the rows of A_t2i with the
+keys and values, so decoding (`redux.decoding`) equals the full forward pass. `redux.plugin` finds the image tokens.
 
-`CMAI` has an option wherever the paper is silent or contradicts itself.  The paper calls QK^T the attention score and
-then treats A as weights.  A product of signed scores is not a weighting, so the default is weights.  One mask serves
+`CMAI` has an option wherever the paper is silent or contradicts itself. The paper calls QK^T the attention score and
+then treats A as weights. A product of signed scores is not a weighting, so the default is weights. One mask serves
 all heads, since the paper's A is a mean, and a mask for each head would be the heads x text x image map avoided here.
-`heads` makes such masks for comparison, by plain code: each head of a sequence counts as a sequence.  Neighbours
+`heads` makes such masks for comparison, by plain code: each head of a sequence counts as a sequence. Neighbours
 include text of earlier turns and text about other images.
 
 Shapes: batch, heads, kv_heads, rows (queries of this call), keys (all tokens so far), image (columns of image tokens),
@@ -63,7 +63,7 @@ def record_decisions() -> Iterator[Decisions]:
 
 
 def is_recording() -> bool:
-    """Tell if `record_decisions` is active, so that decisions must be made by plain code."""
+    """Return True if `record_decisions` is active, so that decisions must be made by plain code."""
     return _recorded.get() is not None
 
 
@@ -92,7 +92,7 @@ class Inhibition:
     copies: dict[torch.device, "Inhibition"] = field(default_factory=dict, repr=False, compare=False)
 
     def to(self, device: Any, non_blocking: bool = False) -> "Inhibition":
-        """Return the inhibition on another device, copied once for all layers there.  accelerate's hooks call it."""
+        """Return the inhibition on another device, copied once for all layers there. accelerate's hooks call it."""
         if (device := torch.device(device)) == self.columns.device:
             return self
         if device not in self.copies:
@@ -143,7 +143,7 @@ class Inhibition:
 
     @cached_property
     def image_index(self) -> Int[Tensor, "batch keys"]:
-        """Index of each image token among those of its sequence; -1 for text.  Computed once for all layers."""
+        """Index of each image token among those of its sequence; -1 for text. Computed once for all layers."""
         return (self.is_image.cumsum(dim=1) - 1).masked_fill(~self.is_image, -1).int()
 
     @cached_property
@@ -205,24 +205,24 @@ class Inhibition:
         batch, _, rows, _ = query.shape
         keys = key.shape[2]
         mask = visible.new_ones(batch, rows, keys)
-        # rows before the first text after an image lose nothing
+        # Rows before the first text after an image lose nothing.
         start = max(self.first_text_row - (keys - rows), 0)
         query = query[:, :, start:]
         visible_rows = visible[:, 0].expand(batch, rows, keys)[:, start:]
         if bias is not None:
             bias = bias[:, 0].expand(batch, rows, keys)[:, start:]
-        # A, and its columns of image tokens
+        # A, and its columns of image tokens.
         attention = self._mean_attention(query, key, visible_rows, scale, bias, mesh)
         is_text_row = ~self.is_image[:, keys - rows + start :]
         columns = self.columns.unsqueeze(1).expand(-1, rows - start, -1)
         t2i = attention.gather(2, columns) * (is_text_row.unsqueeze(-1) & self.valid.unsqueeze(1))
-        # the focus score, and its quantile in each row
+        # The focus score, and its quantile in each row.
         focus = t2i
         if self.cmai.focus != "tia":
             focus = focus_score(self._text_to_text(attention, visible_rows), t2i, self._cached_t2i(layer, t2i))
         candidates = visible_rows.gather(2, columns) & self.valid.unsqueeze(1)
         kept = select_above_quantile(focus, candidates, self.gammas[layer], self.cmai.quantile)
-        # padded columns point at text keys, which are never inhibited
+        # Padded columns point at text keys, which are never inhibited.
         kept = kept | ~is_text_row.unsqueeze(-1) | ~self.valid.unsqueeze(1)
         mask[:, start:].scatter_(2, columns, kept)
         return mask.unsqueeze(1)
@@ -264,7 +264,7 @@ class Inhibition:
         if cache is None or mesh is not None:
             t2i = query.new_zeros(len(query), length - start, num_columns, dtype=torch.float32)
         else:
-            # the kernel writes where the cache keeps the rows, which saves two launches; unused columns are zero there
+            # The kernel writes where the cache keeps the rows, which saves two launches; unused columns are zero there.
             t2i = cache.prepare_rows(layer, length, query)[:, :, :num_columns]
         factor = 1.0 if self.cmai.scores == "scores" else scale
         weights, neighbours = self.cmai.scores == "weights", self.cmai.focus == "neighbourhood"
@@ -275,7 +275,7 @@ class Inhibition:
                 cache.append_rows(layer, t2i)
         focus = t2i
         if t2t is not None:
-            focus = torch.baddbmm(t2i, mean_over_ranks(t2t, mesh), t2i)  # eq. 9, 10, 11
+            focus = torch.baddbmm(t2i, mean_over_ranks(t2t, mesh), t2i)  # Eq. 9, 10, 11
         elif self.cmai.focus != "tia":
             visible = build_causal_mask(padding, length, query.device).expand(len(t2i), 1, -1, -1)[:, 0, start:]
             focus = focus_score(self._text_to_text(visible.to(t2i.dtype), visible), t2i, t2i)
@@ -301,7 +301,7 @@ class Inhibition:
         weights = mean_over_ranks(mean_attention_weights(query, key, visible, scale, bias), mesh)
         if self.cmai.preamble:
             return weights
-        # without the preamble, weights from the first visible image on; packed rows hold several conversations
+        # Without the preamble, weights from the first visible image on; packed rows hold several conversations.
         weights = weights * ((visible & self.is_image.unsqueeze(1)).cumsum(dim=2) > 0)
         return weights / weights.sum(dim=-1, keepdim=True).clamp_min(torch.finfo(weights.dtype).tiny)
 
@@ -313,7 +313,7 @@ class Inhibition:
             case "sum":
                 return visible.to(attention.dtype)
             case "discounted":
-                # count text tokens only; the row's own token is the last that it sees
+                # Count text tokens only; the row's own token is the last that it sees.
                 position = (visible & ~self.is_image.unsqueeze(1)).cumsum(dim=2)
                 distance = (position[:, :, -1:] - position).to(attention.dtype)
                 return self.cmai.discount**distance * visible
@@ -336,7 +336,7 @@ def _locate_image_tokens(
     text_after_image = (~is_image & (is_image.cumsum(dim=1) > 0)).any(dim=0)
     count = is_image.sum(dim=1, keepdim=True)
     num_columns, first_text_row = torch.stack([count.max(), (~text_after_image).cumprod(dim=0).sum()]).tolist()
-    # a stable sort of the flags lists image positions first, in their order
+    # A stable sort of the flags lists image positions first, in their order.
     columns = is_image.long().argsort(dim=1, descending=True, stable=True)[:, :num_columns].contiguous()
     return columns, count, first_text_row
 

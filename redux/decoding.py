@@ -1,7 +1,7 @@
 """CMAI of decoding: one new token for each sequence, on a cache that knows the tokens before it.
 
 All shapes are known before the call, and the host waits for nothing, so a step can be compiled and captured in a CUDA
-graph.  The plain code here defines the result; `redux.kernels.decoding` computes it in three launches.
+graph. The plain code here defines the result; `redux.kernels.decoding` computes it in three launches.
 
 Shapes: batch, heads, kv_heads, keys (in a StaticFocusCache with those to come, which no mask shows), slots (columns of
 image tokens, some of them free), rows (rows of A_t2i, from position `start` on), masks (batch, or 1 for all sequences).
@@ -73,7 +73,7 @@ def mask_heads(
         return mean_mask(query, key, visible, bias, None)
     if not heads:
         return query.new_ones(len(query), 1, query.shape[2], key.shape[2], dtype=torch.bool)
-    # each of these heads of each sequence is a sequence of its own
+    # Each of these heads of each sequence is a sequence of its own.
     visible = repeat_for_heads(visible, len(query), len(heads))
     bias = None if bias is None else repeat_for_heads(bias, len(query), len(heads))
     kept = mean_mask(*fold_heads(query, key, heads), visible, bias, len(heads))
@@ -124,7 +124,7 @@ class DecodingStep:
         return cls(cmai, gammas, cache, position, ~is_image, cache.columns.where(valid, position), valid)
 
     def to(self, device: Any, non_blocking: bool = False) -> "DecodingStep":
-        """Return the step on another device, copied once for all layers there.  accelerate's hooks call it."""
+        """Return the step on another device, copied once for all layers there. accelerate's hooks call it."""
         if (device := torch.device(device)) == self.columns.device:
             return self
         if device not in self.copies:
@@ -172,7 +172,7 @@ class DecodingStep:
         t2i = attention.gather(1, self.columns) * inhibited
         focus = t2i
         if self.cmai.focus != "tia":
-            # eq. 10 and 11: tokens before this one count with their rows of A_t2i
+            # Eq. 10 and 11: tokens before this one count with their rows of A_t2i.
             rows = self.cache.prepare_rows(layer, keys, t2i)
             earlier = torch.arange(keys, device=key.device) < self.position
             t2n = (self._text_to_text(attention, seen) * earlier)[:, keys - rows.shape[1] :]
@@ -182,7 +182,7 @@ class DecodingStep:
         kept = select_above_quantile(
             focus.unsqueeze(1), candidates.unsqueeze(1), self.gammas[layer], self.cmai.quantile
         ).squeeze(1)
-        # free columns point at the token's own key, which always stays
+        # Free columns point at the token's own key, which always stays.
         mask = torch.ones_like(seen).scatter(1, self.columns, kept | ~inhibited)
         return mask[:, None, None]
 
@@ -204,13 +204,13 @@ class DecodingStep:
         """Compute A of eq. 9, of the kind that `CMAI.scores` names."""
         queries = query.unflatten(1, (key.shape[1], -1)).squeeze(3)
         if self.cmai.scores != "weights":
-            # the sum over heads of a key head is one product
+            # The sum over heads of a key head is one product.
             summed = (queries.sum(dim=2, keepdim=True) @ key.mT).squeeze(2).float().sum(dim=1)
             summed = summed * ((scale if self.cmai.scores == "scaled" else 1.0) / query.shape[1])
             return mean_over_ranks(summed.masked_fill(~visible[:, 0, 0], 0.0), mesh)
         scores = queries @ key.mT
         scores = scores * scale if bias is None else scores * scale + bias
-        # the finite minimum gives no NaN if no key is visible
+        # The finite minimum gives no NaN if no key is visible.
         weights = scores.masked_fill(~visible, torch.finfo(scores.dtype).min).softmax(dim=-1, dtype=torch.float32)
         attention = mean_over_ranks(weights.mean(dim=(1, 2)), mesh).where(visible[:, 0, 0], 0.0)
         if self.cmai.preamble:
@@ -227,7 +227,7 @@ class DecodingStep:
             case "sum":
                 return visible.to(attention.dtype)
             case "discounted":
-                # count text tokens only; the token itself is the last that it sees
+                # Count text tokens only; the token itself is the last that it sees.
                 text = visible & ~self.cache.flags_of(visible.shape[1]).to(visible.device)
                 order = text.cumsum(dim=1)
                 distance = (order[:, -1:] - order).to(attention.dtype)
@@ -257,10 +257,10 @@ class DecodingStep:
         reason = unsupported or self._missing_kernel(query, key, value)
         if not use_fused("CMAI in decoding", query.device, reason):
             return None
-        from redux.kernels.decoding import attend_decoded_token  # imports triton
+        from redux.kernels.decoding import attend_decoded_token  # Imports triton
 
         assert self.cache.flags is not None
-        # whole tensors: the kernels know where the token is, and each slice would cost the host 1 to 2 us a layer
+        # Whole tensors: the kernels know where the token is, and each slice would cost the host 1 to 2 us a layer.
         rows = None if self.cmai.focus == "tia" else self.cache.reserve_rows(layer, key.shape[2], query)
         return attend_decoded_token(query, key, value, visible, self.cache.flags, self, rows, self.gammas[layer], scale)
 

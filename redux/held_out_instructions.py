@@ -1,11 +1,11 @@
 """Twelve verifiable constraints that no training text teaches, to measure more than the kinds of IFEval.
 
-Models over-fit the 25 kinds of IFEval (IFBench, arXiv 2507.02833).  These constraints are of other kinds, worded here,
-and a short answer about an image can follow each of them.  They are held out: no training set of this project has their
+Models over-fit the 25 kinds of IFEval (IFBench, arXiv 2507.02833). These constraints are of other kinds, worded here,
+and a short answer about an image can follow each of them. They are held out: no training set of this project has their
 texts or responses that were made to follow them.
 
-A constraint holds for the whole response.  Words are runs of letters and digits, with apostrophes and hyphens inside.
-Letters are compared without upper and lower case.  An answer can contradict its constraint, as "red" does without the
+A constraint holds for the whole response. Words are runs of letters and digits, with apostrophes and hyphens inside.
+Letters are compared without upper and lower case. An answer can contradict its constraint, as "red" does without the
 letter e; such prompts are the same for every model.
 """
 

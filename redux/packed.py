@@ -1,8 +1,8 @@
 """Packed rows as a batch of their conversations, for attention with CMAI.
 
-A packed row has several conversations, and positions restart in each.  Attention is the only part of a language model
-that looks at other tokens.  So queries, keys and values are split into one sequence per conversation, padded on the
-right, and the outputs are joined to rows again.  All code of CMAI, plain and fused, then sees conversations as it does
+A packed row has several conversations, and positions restart in each. Attention is the only part of a language model
+that looks at other tokens. So queries, keys and values are split into one sequence per conversation, padded on the
+right, and the outputs are joined to rows again. All code of CMAI, plain and fused, then sees conversations as it does
 without packing, and computes no pair of two conversations.
 
 Shapes: rows and length (of packed rows), tokens = rows x length, conversations, longest (conversation).
@@ -90,7 +90,7 @@ class PackedInhibition:
     inhibition: Inhibition
 
     def to(self, device: Any, non_blocking: bool = False) -> "PackedInhibition":
-        """Return the inhibition on another device.  accelerate's hooks call it."""
+        """Return the inhibition on another device. accelerate's hooks call it."""
         device = torch.device(device)
         if device == self.conversations.tokens.device:
             return self

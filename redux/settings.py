@@ -1,7 +1,7 @@
 """Settings of the method and of the paper's baselines, and one check for all of them.
 
-Plain Python, so that a mistake in a job file is found without torch.  `redux.vmtc`, `redux.cmai` and `redux.reduction`
-hold the computations.  Each setting that the paper leaves open is explained here.
+Plain Python, so that a mistake in a job file is found without torch. `redux.vmtc`, `redux.cmai` and `redux.reduction`
+hold the computations. Each setting that the paper leaves open is explained here.
 """
 
 import math
@@ -35,7 +35,7 @@ TYPE_NAMES = {bool: "True or False", int: "a whole number", float: "a number", N
 def check_fields(settings: Any, **rules: FieldRule) -> None:
     """Check the fields of a dataclass against their types and against rules.
 
-    Types are strict: True is not a number, and neither is NaN.  None breaks no rule if the type allows it.
+    Types are strict: True is not a number, and neither is NaN. None breaks no rule if the type allows it.
 
     Args:
         settings: instance of a dataclass.
@@ -54,14 +54,14 @@ def check_fields(settings: Any, **rules: FieldRule) -> None:
 
 
 def _has_type(value: Any, hint: Any) -> bool:
-    """Tell if a value has the annotated type: a Literal, a union, a tuple of any length, or a plain class."""
+    """Return True if a value has the annotated type: a Literal, a union, a tuple of any length, or a plain class."""
     if get_origin(hint) is Literal:
         return isinstance(value, str) and value in get_args(hint)
     if get_origin(hint) in (Union, UnionType):
         return any(_has_type(value, member) for member in get_args(hint))
     if get_origin(hint) is tuple:
         return isinstance(value, tuple) and all(_has_type(item, get_args(hint)[0]) for item in value)
-    # bool is a subclass of int, and a whole number may stand for a float
+    # Bool is a subclass of int, and a whole number may stand for a float.
     if isinstance(value, bool) or hint is not float:
         return type(value) is hint
     return isinstance(value, int | float) and math.isfinite(value)
@@ -191,7 +191,7 @@ class VMTC:
             raise ValueError(
                 f"{budgets[1]}: got {getattr(self, budgets[1])} besides {budgets[0]}, allowed: one of the two"
             )
-        # cluster_share is a share of the output, which `kept` alone does not determine
+        # cluster_share is a share of the output, which `kept` alone does not determine.
         if self.kept is not None and self.clusters is None:
             raise ValueError("clusters: got None, allowed: a number, or one for each block, because kept is given")
 
@@ -209,7 +209,7 @@ class VMTC:
         """
         numbers = self._block_numbers(blocks)
         clusters_by_stage = self.clusters if isinstance(self.clusters, tuple) else (self.clusters,) * len(numbers)
-        # tokens after each block: k + c where k is given, else from the total
+        # Tokens after each block: k + c where k is given, else from the total.
         if self.kept is not None:
             outs = tuple(kept + (clusters or 0) for kept, clusters in zip(self.kept, clusters_by_stage, strict=True))
         else:
@@ -224,7 +224,7 @@ class VMTC:
             if clusters is None:
                 clusters = round(out * self.cluster_share)
             if self.kept is None and out == tokens:
-                clusters = 0  # nothing is redundant
+                clusters = 0  # Nothing is redundant
             if clusters > out:
                 raise ValueError(
                     f"clusters: got {clusters}, allowed: up to {out}, all tokens that leave block {number}"
@@ -236,7 +236,7 @@ class VMTC:
         """Resolve `stages` to indices of blocks, from 0."""
         if isinstance(self.stages, tuple):
             numbers = tuple(number + blocks if number < 0 else number for number in self.stages)
-            # -1 and `blocks` are the bounds
+            # -1 and `blocks` are the bounds.
             if any(number >= following for number, following in pairwise((-1, *numbers, blocks))):
                 raise ValueError(
                     f"stages: got {self.stages}, allowed: ascending numbers up to {blocks - 1}, the last block in use "
@@ -255,7 +255,7 @@ class VMTC:
         if round(patches * left) < 1:
             raise ValueError(f"ratio: got {self.ratio}, allowed: one that leaves at least 1 of {patches} patch tokens")
         parts = [number / stages for number in range(1, stages + 1)]
-        # each block is rounded from the start, not from the block before, so errors do not add up
+        # Each block is rounded from the start, not from the block before, so errors do not add up.
         if self.budget_schedule == "linear":
             return tuple(round(patches * (1 - (1 - left) * part)) for part in parts)
         return tuple(round(patches * left**part) for part in parts)
@@ -342,7 +342,7 @@ class CMAI:
     def compute_gammas(self, layers: int) -> tuple[float, ...]:
         """Compute gamma of each layer."""
         rise = [GAMMA_SCHEDULES[self.schedule](layer / max(layers - 1, 1)) for layer in range(layers)]
-        # 12 digits remove the noise of binary fractions, so that 0.6 stays 0.6
+        # 12 digits remove the noise of binary fractions, so that 0.6 stays 0.6.
         return tuple(round(self.gamma_min + (self.gamma_max - self.gamma_min) * share, 12) for share in rise)
 
 

@@ -1,26 +1,26 @@
 """The paper's benchmark of instruction following: questions about images, combined with sixteen instructions.
 
-A prompt is the question, a space, and IFEval's text, as in the paper's Figure 4.  The paper gives neither the questions
-nor their number.  All its figures are multiples of 1/218, and MM-Vet has 218 questions, so the default is 218 for each
-task.  Every instruction has the same questions, so that differences between tasks do not depend on the questions.  The
+A prompt is the question, a space, and IFEval's text, as in the paper's Figure 4. The paper gives neither the questions
+nor their number. All its figures are multiples of 1/218, and MM-Vet has 218 questions, so the default is 218 for each
+task. Every instruction has the same questions, so that differences between tasks do not depend on the questions. The
 independent unit is the question, which is asked sixteen times.
 
-Arguments are sampled once and frozen in a file, so that every model answers the same prompts.  They depend only on the
+Arguments are sampled once and frozen in a file, so that every model answers the same prompts. They depend only on the
 seed, the task and the id of the question.
 
-A model that ignores the image may follow instructions better.  So if an answer is known, a score also shows whether the
-response contains it ("right"), and whether it contains it and follows the instruction ("both").  "words" is the mean
+A model that ignores the image may follow instructions better. So if an answer is known, a score also shows whether the
+response contains it ("right"), and whether it contains it and follows the instruction ("both"). "words" is the mean
 length of responses, since a short one breaks many instructions and a long one contains many answers.
 
 A prompt of the sixteen tasks has one instruction, so IFEval's prompt-level and instruction-level accuracies are the
-same number there.  They differ for prompts with two instructions, which `build_pair_questions` makes: "strict" is then
+same number there. They differ for prompts with two instructions, which `build_pair_questions` makes: "strict" is then
 the share of instructions that are followed, and "prompt_strict" the share of prompts whose instructions all are.
 
-The constraints of `redux.held_out_instructions` are asked in the same way, as further tasks.  The same prompts without
+The constraints of `redux.held_out_instructions` are asked in the same way, as further tasks. The same prompts without
 images, which `without_images` makes, show what the language model follows by text alone.
 
 An evaluation can measure the attention of some answers (`redux.attention_mass`), as the field "attention" of their
-rows.  "image_mass" is the mass on image tokens, "dominance" the Modality Dominance Index.
+rows. "image_mass" is the mass on image tokens, "dominance" the Modality Dominance Index.
 
 Cost: some seconds for 3,488 responses, mostly for detecting the language of responses in upper or lower case.
 """
@@ -105,7 +105,7 @@ def build_pair_questions(
 ) -> list[Question]:
     """Combine questions with two instructions each, by `INSTRUCTION_PAIRS`: per_task questions for each pair.
 
-    Arguments and errors are those of `build_questions`.  Questions and arguments of an instruction are the same as in
+    Arguments and errors are those of `build_questions`. Questions and arguments of an instruction are the same as in
     its own task, so both prompts can be compared.
     """
     return [
@@ -147,7 +147,7 @@ def _build_pair_question(image_question: ImageQuestion, number: int, seed: int, 
 
 
 def _draw_arguments(image_question: ImageQuestion, id: str, seed: int, keywords: Sequence[str]) -> dict[str, Any]:
-    # a seed for each question: adding a question or a task changes no other prompt
+    # A seed for each question: adding a question or a task changes no other prompt.
     return draw_arguments(id, random.Random(f"{seed}/{ALL_INSTRUCTIONS[id].task}/{image_question.id}"), keywords)
 
 
@@ -169,7 +169,7 @@ def _build_prompt(reference: Row) -> str:
 
 
 def has_instructions(row: Row) -> bool:
-    """Tell if a row asks to follow one or several instructions."""
+    """Return True if a row asks to follow one or several instructions."""
     return "instruction_id" in row or ID_LIST in row
 
 
@@ -206,16 +206,16 @@ def _judge_instructions(row: Row) -> list[tuple[str, dict[str, bool]]]:
     result = []
     for id, kwargs in pair_arguments(row):
         is_strict = follows_strictly(id, kwargs, row["response"])
-        # a response that follows strictly also follows loosely
+        # A response that follows strictly also follows loosely.
         is_loose = is_strict or follows_loosely(id, kwargs, row["response"])
         result.append((id, {"strict": is_strict, "loose": is_loose}))
     return result
 
 
 def contains_answer(answer: str, response: str) -> bool:
-    """Tell if a response of any format contains the answer; upper and lower case are equal.
+    """Return True if a response of any format contains the answer; upper and lower case are equal.
 
-    For "yes" and "no" the first of the two words in the response counts.  Any other answer must occur as whole words.
+    For "yes" and "no" the first of the two words in the response counts. Any other answer must occur as whole words.
     That is lenient: "not red" contains "red", and so does a list of all colours.
 
     >>> contains_answer("no", "NO, IT IS NOT. YES, REALLY.")
@@ -234,8 +234,8 @@ def compute_metrics(rows: Sequence[Row]) -> dict[str, Metric]:
     """Compute "strict" and "loose", means over tasks as the paper's AVG, and "strict.NAME" of each instruction.
 
     For rows with several instructions these are shares of instructions, and "prompt_strict" and "prompt_loose" are
-    shares of prompts whose instructions are all followed.  For rows with a known answer also "right" and "both": right,
-    and all instructions followed strictly.  "words" is the mean number of words.  For rows with a measured attention
+    shares of prompts whose instructions are all followed. For rows with a known answer also "right" and "both": right,
+    and all instructions followed strictly. "words" is the mean number of words. For rows with a measured attention
     also those of `_attention_metrics`.
     """
     outcomes: dict[str, list[Outcome]] = {"strict": [], "loose": []}
@@ -344,7 +344,7 @@ def _list_instructions(line: dict[str, Any]) -> list[tuple[str, dict[str, Any], 
 
 
 def write_questions(questions: Iterable[Question], path: str | Path) -> None:
-    """Write questions as JSON lines.  An encoded image becomes {"base64": text}."""
+    """Write questions as JSON lines. An encoded image becomes {"base64": text}."""
     lines = (
         {
             "id": question.id,
@@ -389,9 +389,9 @@ def _parse_question(line: dict[str, Any]) -> Question:
     reference = line["reference"]
     is_pair = ID_LIST in reference
     _check_record(reference, PAIR_FIELDS if is_pair else REFERENCE_FIELDS)
-    _list_instructions({**reference, "response": ""})  # checks the lists
+    _list_instructions({**reference, "response": ""})  # Checks the lists
     prompt = _build_prompt(reference)
-    # a file that was edited by hand would be scored by arguments that the prompt does not contain
+    # A file that was edited by hand would be scored by arguments that the prompt does not contain.
     if line["prompt"] != prompt:
         raise ValueError(f"prompt: got {line['prompt']!r}, allowed: what its reference asks, {prompt!r}")
     task = _find_pair_number(reference[ID_LIST]) if is_pair else ALL_INSTRUCTIONS[reference["instruction_id"]].task

@@ -1,11 +1,11 @@
-"""MME: two yes-or-no questions about each image, in fourteen subtasks.  Fu et al., arXiv 2306.13394.
+"""MME: two yes-or-no questions about each image, in fourteen subtasks. Fu et al., arXiv 2306.13394.
 
-A subtask's score is 100 × (share of questions right + share of images with both right).  Ten subtasks add up to
-perception, which papers call MME, at most 2000, and four to cognition, at most 800.  The official scorer
+A subtask's score is 100 × (share of questions right + share of images with both right). Ten subtasks add up to
+perception, which papers call MME, at most 2000, and four to cognition, at most 800. The official scorer
 eval_tool/calculation.py looks for "yes", then "no", in the first four characters of a response.
 
 Official questions end with a request for yes or no; LLaVA requests a word or phrase instead (playground/data/eval/MME
-in haotian-liu/LLaVA, commit 32cebc38).  Images of a subtask lie in `images` and questions in `questions_answers_YN`, or
+in haotian-liu/LLaVA, commit 32cebc38). Images of a subtask lie in `images` and questions in `questions_answers_YN`, or
 both in one folder.
 """
 
@@ -41,7 +41,7 @@ def read_questions(*sources: Source) -> list[Question]:
     """
     folder = only_source(sources).rstrip("/")
     paths = [PurePosixPath(path) for path in list_files(folder)]
-    # by name without suffix, since images are .jpg or .png
+    # By name without suffix, since images are .jpg or .png.
     images = {_image_key(path): str(path) for path in paths if path.suffix != ".txt"}
     result = []
     for path in paths:

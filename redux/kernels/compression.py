@@ -1,7 +1,7 @@
 """Fused merging of tokens: eq. 7 and 8 of VMTC and their order in three launches, and two for the gradient.
 
 One launch finds the first patch of each output token, one sorts the patches by output token and computes merge weights,
-and one sums the patches of each output token.  A kept token is a sum of one, with weight 1, and so is copied exactly.
+and one sums the patches of each output token. A kept token is a sum of one, with weight 1, and so is copied exactly.
 All sums run in float32 and in a fixed order.
 
 Shapes: batch, patches (input tokens), out (output tokens), dim.
@@ -49,7 +49,7 @@ def merge_tokens(
     token_of_patch = torch.empty_like(ranked, memory_format=torch.contiguous_format)
     cluster = torch.empty(batch, out, dtype=torch.bool, device=tokens.device)
     weight, scale = (torch.empty(batch, patches, dtype=torch.float32, device=tokens.device) for _ in range(2))
-    # the plan has no gradient; `_Merge` gives the importance one
+    # The plan has no gradient; `_Merge` gives the importance one.
     score = ips.detach().contiguous()
     block_p = max(16, next_power_of_two(patches))
     with torch.cuda.device_of(tokens):
@@ -84,7 +84,7 @@ class _Merge(torch.autograd.Function):
                 ROWS=4, BLOCK=block, num_warps=4,
             )  # fmt: skip
         ctx.weights, ctx.ips_dtype = weights, ips.dtype
-        # the plan is a few integers a patch, so the backward pass keeps it instead of sorting again
+        # The plan is a few integers a patch, so the backward pass keeps it instead of sorting again.
         ctx.save_for_backward(tokens, *plan)
         return merged
 
@@ -102,13 +102,13 @@ class _Merge(torch.autograd.Function):
                 patches, begin.shape[1],
                 DIM=dim, BLOCK=block, num_warps=4,
             )  # fmt: skip
-            # of_ips treats divisors as constants so far
+            # of_ips treats divisors as constants so far.
             if ctx.weights == "normalized":
                 _divisor_gradient_kernel[begin.shape](
                     members, begin, length, weight, scale, of_ips, patches, begin.shape[1], BLOCK=32, num_warps=1
                 )
         if ctx.weights == "total":
-            # all merged patches share the divisor
+            # All merged patches share the divisor.
             shared = (of_ips * weight).sum(dim=1, keepdim=True)
             of_ips = of_ips - torch.where((scale > 0) & (scale < 1 / torch.finfo(scale.dtype).tiny), shared, 0)
         return of_tokens, of_ips.to(ctx.ips_dtype), None, None
@@ -163,7 +163,7 @@ def _locate_kernel(
         of_patch = tl.load(label + image * (patches - kept) + number - kept, mask=redundant, other=0).to(tl.int32)
         of_patch = tl.where(number < kept, number, kept + of_patch)
     tl.store(by_rank + image * patches + patch, of_patch, mask=inside)
-    # whole numbers: the minimum does not depend on the order
+    # Whole numbers: the minimum does not depend on the order.
     tl.atomic_min(first + of_patch, patch.to(tl.int32), mask=inside & (of_patch >= 0))
     tl.debug_barrier()
     sorts_by = of_patch
@@ -194,7 +194,7 @@ def _arrange_kernel(
     inside = patch < patches
     other = tl.arange(0, BLOCK_P)
     row = image * patches
-    # dropped patches come last, and columns beyond the image after them
+    # Dropped patches come last, and columns beyond the image after them.
     key_of_other = tl.load(key + row + other, mask=other < patches, other=2147483647)
     key_of_patch = tl.load(key + row + patch, mask=inside, other=2147483647)
     rank_of_other = tl.load(by_rank + row + other, mask=other < patches, other=-1)
@@ -207,7 +207,7 @@ def _arrange_kernel(
     position = tl.sum((lower | earlier).to(tl.int32), axis=1)
     number = key_of_patch
     if SPATIAL:
-        # the key of an output token is its first patch; count the first patches before it
+        # The key of an output token is its first patch; count the first patches before it.
         number = tl.sum((lower & (key_of_other == other)[None, :]).to(tl.int32), axis=1)
     in_cluster = inside & (rank_of_patch >= kept)
     is_first = inside & (rank_of_patch >= 0) & (tl.sum(earlier.to(tl.int32), axis=1) == 0)
@@ -248,7 +248,7 @@ def _merge_kernel(
     position = tl.load(begin + image * out + number)
     end = position + tl.load(length + image * out + number)
     total = tl.zeros((BLOCK,), tl.float32)
-    # one program adds all members in their order: atomic additions would round differently in each run
+    # One program adds all members in their order: atomic additions would round differently in each run.
     while position < end:
         step = position + tl.arange(0, ROWS)
         patch = tl.load(members + image * patches + step, mask=step < end, other=0)
@@ -293,7 +293,7 @@ def _merge_gradient_kernel(
             tokens + image * stride_batch + patch.to(tl.int64) * stride_token + column, mask=inside, other=0.0
         ).to(tl.float32)
         along += slope * value
-    # a kept or dropped patch has a scale of 0, and its importance no gradient
+    # A kept or dropped patch has a scale of 0, and its importance no gradient.
     tl.store(of_score + here, tl.where(factor_of_score > 0, tl.sum(along, axis=0) * factor_of_score, 0.0))
 
 
@@ -313,7 +313,7 @@ def _divisor_gradient_kernel(members, begin, length, weight, scale, of_score, pa
     first = tl.load(begin + image * out + number)
     end = first + tl.load(length + image * out + number)
     divisor = tl.load(scale + image * patches + tl.load(members + image * patches + first))
-    # a kept token has no divisor, and one as small as `tiny` is a constant
+    # A kept token has no divisor, and one as small as `tiny` is a constant.
     if (divisor > 0) & (divisor < 1 / _TINY):
         shared = tl.zeros((BLOCK,), tl.float32)
         position = first

@@ -1,17 +1,17 @@
 """Fused spherical K-means: two launches for all iterations and all images.
 
-Only cosine similarities count, so K-means needs no more of an image than the Gram matrix G of its unit tokens.  The
+Only cosine similarities count, so K-means needs no more of an image than the Gram matrix G of its unit tokens. The
 similarity of token i to the centroid of cluster C is
 
     sum_{j in C} G[i, j] / sqrt(sum_{j, k in C} G[j, k]).
 
-One launch computes the Gram matrices, in tiles, from tokens that it gathers.  The other runs one program per image,
+One launch computes the Gram matrices, in tiles, from tokens that it gathers. The other runs one program per image,
 which reads the image's matrix from L2 in each iteration and stops once no label changes; the plain version would repeat
 the same labels until its last iteration.
 
 Rounding: products of bfloat16 or float16 tokens are exact and summed in float32; float32 tokens are multiplied without
-TF32.  G is split into two float16 parts for tensor cores, with an error up to 2^-23, since the membership in a cluster
-(0 or 1) is exact.  Labels thus equal those of the plain version, except where similarities agree to about 1e-6.  Values
+TF32. G is split into two float16 parts for tensor cores, with an error up to 2^-23, since the membership in a cluster
+(0 or 1) is exact. Labels thus equal those of the plain version, except where similarities agree to about 1e-6. Values
 that are not finite count as a similarity of 0, so that every label is valid.
 
 Shapes: batch, tokens, dim; clusters = c.
@@ -28,7 +28,7 @@ from torch import Tensor
 from redux.kernels.sizes import divide_up, next_power_of_two
 from redux.settings import KMeansSeeds
 
-_EPSILON = tl.constexpr(1e-12)  # least length that F.normalize divides by
+_EPSILON = tl.constexpr(1e-12)  # Least length that F.normalize divides by
 _FARTHEST, _STRIDED, _GIVEN = tl.constexpr(0), tl.constexpr(1), tl.constexpr(2)
 
 
@@ -51,20 +51,20 @@ def cluster_tokens(
     """
     batch, dim = tokens.shape[0], tokens.shape[2]
     count = tokens.shape[1] if index is None else index.shape[1]
-    row = divide_up(count, 16) * 16  # rows of G start at multiples of 64 bytes
+    row = divide_up(count, 16) * 16  # Rows of G start at multiples of 64 bytes
     gram = tokens.new_empty(batch, count, row, dtype=torch.float32)
     label = torch.empty(batch, count, dtype=torch.long, device=tokens.device)
     block_c = max(16, next_power_of_two(clusters))
     block_r = 128 if block_c <= 64 and count > 64 else 64
     scores = gram.new_empty(batch, count, block_c)
     similarity = gram.new_empty(batch, count)
-    # without random seeds the kernel ignores `given`, and any tensor will do
+    # Without random seeds the kernel ignores `given`, and any tensor will do.
     given = _random_positions(count, clusters, tokens.device) if seeds == "random" else label
     block = 64 if tokens.dtype != torch.float32 or count <= 64 else 32
     tiles = divide_up(count, block)
     with torch.cuda.device_of(tokens):
-        # one stage: in a pipeline, Triton 3.6 lets a load overwrite a tile that a product on tensor cores still reads,
-        # as the loop also reads it for the lengths
+        # One stage: in a pipeline, Triton 3.6 lets a load overwrite a tile that a product on tensor cores still reads,
+        # as the loop also reads it for the lengths.
         _gram_kernel[(batch, tiles, tiles)](
             tokens, label if index is None else index, gram, tokens.stride(0), tokens.stride(1),
             0 if index is None else index.stride(0), count, row,
@@ -131,7 +131,7 @@ def _gram_kernel(
     left_length = tl.maximum(tl.sqrt(left_square), _EPSILON)
     right_length = tl.maximum(tl.sqrt(right_square), _EPSILON)
     cosine = product / left_length[:, None] / right_length[None, :]
-    cosine = tl.where(tl.abs(cosine) < 2, cosine, 0.0)  # also false for NaN
+    cosine = tl.where(tl.abs(cosine) < 2, cosine, 0.0)  # Also false for NaN
     here = gram + (image * count + left[:, None]) * row + right[None, :]
     tl.store(here, cosine, mask=(left < count)[:, None] & (right < count)[None, :])
 
@@ -148,11 +148,11 @@ def _choose_seeds(gram, given, count, clusters, row, SEEDS: tl.constexpr, BLOCK_
     token = tl.arange(0, BLOCK_N)
     chosen = tl.zeros((BLOCK_C,), tl.int32)
     nearest = tl.where(token < count, float("-inf"), float("inf"))
-    last = tl.sum(chosen, axis=0)  # the first token
+    last = tl.sum(chosen, axis=0)  # The first token
     number = 1
     while number < clusters:
         similarity = tl.load(gram + last * row + token, mask=token < count, other=0.0)
-        # infinity: a chosen token is never chosen again
+        # Infinity: a chosen token is never chosen again.
         nearest = tl.where(token == last, float("inf"), tl.maximum(nearest, similarity))
         last = tl.argmin(nearest, axis=0)
         chosen = tl.where(cluster == number, last, chosen)
@@ -194,7 +194,7 @@ def _score_members(
             )
             of_other = tl.load(label + other, mask=other < count, other=-1).to(tl.int32)
             member = (of_other[:, None] == cluster[None, :]).to(tl.float16)
-            # tensor cores multiply float16; two parts keep a similarity to 2^-23
+            # Tensor cores multiply float16; two parts keep a similarity to 2^-23.
             high = value.to(tl.float16)
             low = (value - high.to(tl.float32)).to(tl.float16)
             total = tl.dot(high, member, total)
@@ -223,7 +223,7 @@ def _refill_clusters(
         best = tl.where(tl.max(own, axis=0) > highest, tile * BLOCK_R + tl.argmax(own, axis=0), best)
         highest = tl.maximum(highest, tl.max(own, axis=0))
     tl.debug_barrier()
-    # infinity: not movable
+    # Infinity: not movable.
     tl.store(similarity + best, tl.full((BLOCK_C,), float("inf"), tl.float32), mask=members > 0)
     tl.debug_barrier()
     token = tl.arange(0, BLOCK_N)
@@ -265,7 +265,7 @@ def _kmeans_kernel(
     seed = _choose_seeds(gram, given, count, clusters, row, SEEDS, BLOCK_C, BLOCK_N)
     inverse = _score_seeds(gram, scores, seed, count, row, TILES_R, BLOCK_R, BLOCK_C)
     step = 0
-    changed = count  # tokens whose label may still change
+    changed = count  # Tokens whose label may still change
     while changed > 0:
         if step > 0:
             inverse = _score_members(gram, scores, label, count, row, TILES_R, TILES_K, BLOCK_R, BLOCK_K, BLOCK_C)
@@ -281,7 +281,7 @@ def _kmeans_kernel(
             before = tl.load(label + token, mask=inside & (step > 0), other=-1).to(tl.int32)
             changed += tl.sum((inside & (nearest != before)).to(tl.int32), axis=0)
             members += tl.sum((inside[:, None] & (nearest[:, None] == cluster[None, :])).to(tl.int32), axis=0)
-            # several warps read the label that one of them overwrites
+            # Several warps read the label that one of them overwrites.
             tl.debug_barrier()
             tl.store(similarity + token, tl.max(value, axis=1), mask=inside)
             tl.store(label + token, nearest.to(tl.int64), mask=inside)

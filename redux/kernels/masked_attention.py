@@ -1,11 +1,11 @@
 """Causal attention with padding and a mask that all heads share, forward and backward, in Triton.
 
-PyTorch's fast kernels take no mask.  These read one only where it can matter: in tiles on the diagonal, and in tiles
-of rows from `first_row` on and keys within `span`.  Tiles above the diagonal are skipped, and all others are a plain
-product.  No sum depends on the order in which programs run, so recomputed activations are equal bit for bit.
+PyTorch's fast kernels take no mask. These read one only where it can matter: in tiles on the diagonal, and in tiles
+of rows from `first_row` on and keys within `span`. Tiles above the diagonal are skipped, and all others are a plain
+product. No sum depends on the order in which programs run, so recomputed activations are equal bit for bit.
 
 Three kernels: the forward pass; dq, which also computes delta = sum(dout * out) of each row; and dk with dv, whose
-programs add up the query heads that share a key head.  A row that sees no key gives zeros.
+programs add up the query heads that share a key head. A row that sees no key gives zeros.
 
 Scores are kept in base 2: exp2(score * scale * log2(e)).
 """
@@ -80,7 +80,7 @@ def visible_pairs(rows, keys, length, padding, mask, mask_stride, diagonal: tl.c
     if padded:
         stays = stays & (tl.load(padding + keys, mask=keys < length, other=0) != 0)
     if mask is not None:
-        # columns are bounded by the stride, a multiple of 16, so that loads stay wide
+        # Columns are bounded by the stride, a multiple of 16, so that loads stay wide.
         inside = (rows < length) & (keys < mask_stride)
         stays = stays & (tl.load(mask + rows * mask_stride + keys, mask=inside, other=0) != 0)
     return stays
@@ -103,7 +103,7 @@ def _attend(
             stays = visible_pairs(rows[:, None], keys[None, :], length, padding, mask, mask_stride, diagonal, padded)
             scores = tl.where(stays, scores, float("-inf"))
         new_top = tl.maximum(top, tl.max(scores, 1))
-        # a row that has seen no key yet has no finite maximum
+        # A row that has seen no key yet has no finite maximum.
         shift = tl.where(new_top == float("-inf"), 0.0, new_top)
         weights = tl.exp2(scores - shift[:, None])
         decay = tl.exp2(top - shift)
@@ -192,7 +192,7 @@ def _forward(
     )  # fmt: skip
     sees_none = total == 0.0
     accumulator = accumulator / tl.where(sees_none, 1.0, total)[:, None]
-    # infinity makes every weight of such a row zero in the backward pass
+    # Infinity makes every weight of such a row zero in the backward pass.
     tl.store(lse + rows, tl.where(sees_none, float("inf"), top + tl.log2(total)), mask=rows < length)
     store_rows(out, out_row, rows, length, dims, accumulator.to(out.dtype.element_ty), head_dim, block_dim)
 
@@ -296,7 +296,7 @@ def _add_key_gradients(
     diagonal: tl.constexpr, padded: tl.constexpr, head_dim: tl.constexpr, block_dim: tl.constexpr,
     block_rows: tl.constexpr, precision: tl.constexpr,
 ):  # fmt: skip
-    """Add the share of rows first to last to dk and dv of a tile of keys.  Its products are (keys, rows)."""
+    """Add the share of rows first to last to dk and dv of a tile of keys. Its products are (keys, rows)."""
     for start in range(first, last, block_rows):
         rows = start + tl.arange(0, block_rows)
         q = load_rows(q_head, q_stride, rows, length, dims, head_dim, block_dim)
@@ -344,7 +344,7 @@ def _key_gradients(
     padded: tl.constexpr = padding is not None
     if padded:
         padding += wide * length
-    # rows below the diagonal tile: without the mask up to masked_from, with it from there on
+    # Rows below the diagonal tile: without the mask up to masked_from, with it from there on.
     below = key_start + block_keys
     masked_from = length
     if mask is not None:
@@ -437,7 +437,7 @@ class _MaskedAttention(torch.autograd.Function):
         query, key, value = (unit_stride(tensor) for tensor in (query, key, value))
         padding = padding.contiguous() if padding is not None else None
         batch, heads, length, head_dim = query.shape
-        # in memory as (batch, rows, heads, head_dim), which the next projection reads without a copy
+        # In memory as (batch, rows, heads, head_dim), which the next projection reads without a copy.
         out = query.new_empty(batch, length, heads, head_dim).transpose(1, 2)
         lse = query.new_empty(batch, heads, length, dtype=torch.float32)
         tiles = FORWARD_TILES[query.element_size()]
@@ -469,7 +469,7 @@ class _MaskedAttention(torch.autograd.Function):
             *inputs, *out.stride()[:3], *dout.stride()[:3], *dq.stride()[:3],
             mask_stride, heads, *scalars, **launch_options(query, tiles),
         )  # fmt: skip
-        # after dq, which computes delta
+        # After dq, which computes delta.
         tiles = KEY_GRADIENT_TILES[query.element_size()]
         _key_gradients[(divide_up(length, tiles.keys), batch * kv_heads)](
             query, key, value, dout, dk, dv, lse, delta, padding, pairs, span,
@@ -491,7 +491,7 @@ def launch_options(query: Tensor, tiles: Tiles) -> dict[str, Any]:
         "block_dim": max(next_power_of_two(query.shape[-1]), 16),
         "block_rows": tiles.rows,
         "block_keys": tiles.keys,
-        # three products of tensor cores come close to one of float32
+        # Three products of tensor cores come close to one of float32.
         "precision": "tf32x3" if query.dtype == torch.float32 else None,
         "num_warps": tiles.warps,
         "num_stages": tiles.stages,

@@ -3,7 +3,7 @@
 Two kernels for weights, one for raw scores:
 
 1. The log-sum-exp of each (head, row): a flash attention's forward pass without values.
-2. A tile of (rows, keys) of A stays in registers while a program loops over the heads.  It writes what CMAI reads: A of
+2. A tile of (rows, keys) of A stays in registers while a program loops over the heads. It writes what CMAI reads: A of
    earlier keys from the first text row on, strictly below the diagonal, and A_t2i with image tokens side by side.
 
 Tiles above the diagonal, and tiles of keys that CMAI does not read, cost nothing.
@@ -141,7 +141,7 @@ def _mean(
             q_tile = load_rows(q + head * q_head, q_row, rows, length, dims, head_dim, block_dim)
             k_tile = load_rows(k + head // groups * k_head, k_row, keys, length, dims, head_dim, block_dim)
             if weights:
-                # a pair that is not visible may overflow; it is set to zero below
+                # A pair that is not visible may overflow; it is set to zero below.
                 scores = tl.dot(q_tile, tl.trans(k_tile), input_precision=precision)
                 lse_rows = tl.load(lse + head * num_rows + rows - first_row, mask=rows < length, other=float("inf"))
                 mean += tl.exp2(scores * factor - lse_rows[:, None])
@@ -154,7 +154,7 @@ def _mean(
         is_image_key = (rows[:, None] < length) & (index_of_key[None, :] >= 0)
         tl.store(to_t2i, tl.where(is_text_row[:, None], mean, 0.0), mask=is_image_key)
     if neighbours:
-        # zeros on and above the diagonal; columns reach up to the row stride of t2t
+        # Zeros on and above the diagonal; columns reach up to the row stride of t2t.
         column = keys - first_row
         mean = tl.where(keys[None, :] < rows[:, None], mean, 0.0)
         to_t2t = t2t + (batch * num_rows + rows[:, None] - first_row) * t2t_row + column[None, :]
@@ -200,7 +200,7 @@ def mean_attention(
             query, key, lse, padding, *strides, heads, groups, length, first_row, scale * LOG2_E,
             **launch_options(query, tiles),
         )  # fmt: skip
-    # rows begin at multiples of 64 bytes, so that loads in the product of eq. 10 stay wide
+    # Rows begin at multiples of 64 bytes, so that loads in the product of eq. 10 stay wide.
     stride = divide_up(rows, 16) * 16
     t2t = query.new_empty(batch, rows, stride, dtype=torch.float32) if neighbours else None
     tiles = MEAN_TILES[query.element_size()]

@@ -201,7 +201,7 @@ def test_scores_do_not_depend_on_the_arm() -> None:
     assert {(arm, row["id"]): judge_row(row) for arm, row in pooled} == apart
     fields = {name for answered in arms.values() for row in answered for name in row}
     assert fields == {"id", "unit", "prompt", "response", *REFERENCE_FIELDS}, "no field names an arm"
-    # other labels on the same answers change no score
+    # Other labels on the same answers change no score.
     relabelled = dict(zip(arms, [*list(arms.values())[1:], arms["llava"]], strict=True))
     scores, others = (
         sorted(compute_metrics(answered)["strict"].score for answered in of_arms.values())
@@ -242,7 +242,7 @@ def test_a_response_can_follow_both_instructions_of_a_pair() -> None:
             response = response.format(**values)
         if "num_bullets" in arguments:
             response = "\n".join(response.split("\n")[: arguments["num_bullets"]])
-        # sentences and words are bounded from one of two sides
+        # Sentences and words are bounded from one of two sides.
         if arguments.get("relation") == "at least":
             filler, count = (
                 ("It is red. ", arguments["num_sentences"])
@@ -252,7 +252,7 @@ def test_a_response_can_follow_both_instructions_of_a_pair() -> None:
             response = filler * count + response
         if arguments.get("relation") == "less than":
             if arguments.get("num_sentences") == 1:
-                continue  # no response has fewer
+                continue  # No response has fewer
             response = response.replace(". ", " ").rstrip(".")
         assert judge_row({**question.reference, "response": response})["strict"], (question.prompt, response)
 
@@ -300,7 +300,7 @@ def test_pairs_are_frozen_and_checked(tmp_path: Path) -> None:
         write_questions([replace(made[0], reference={**made[0].reference, **change})], path)
         with pytest.raises(ValueError, match=re.escape(message)):
             read_questions(path)
-    # the prompt fits its reference, but there is no such pair
+    # The prompt fits its reference, but there is no such pair.
     twice = render_instruction("punctuation:no_comma", {})
     reference = {**made[0].reference, "instruction_id_list": ["punctuation:no_comma"] * 2}
     other = replace(made[0], prompt=f"{reference['question']} {twice} {twice}", reference=reference)

@@ -180,7 +180,7 @@ def test_draws_follow_the_distribution_within_the_nucleus() -> None:
     sampler = RowSampler([Sampling(temperature=temperature, top_p=top_p, seed=seed) for seed in range(draws)])
     chosen = sampler(torch.zeros(draws, 1), logits.repeat(draws, 1)).argmax(dim=1)
     counts = torch.bincount(chosen, minlength=4) / draws
-    # the nucleus: the likeliest tokens up to the one that crosses top_p
+    # The nucleus: the likeliest tokens up to the one that crosses top_p.
     expected = (logits / temperature).softmax(dim=0)
     expected[3] = 0
     expected /= expected.sum()

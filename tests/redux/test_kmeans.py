@@ -87,7 +87,7 @@ def test_images_of_a_batch_do_not_see_each_other(seeds: KMeansSeeds) -> None:
 
 def test_clusters_far_apart_are_found() -> None:
     truth = torch.randint(0, 4, (40,), generator=torch.Generator().manual_seed(3))
-    truth[:4] = torch.arange(4)  # seeds stand at 0, 10, 20, 30: one of each kind
+    truth[:4] = torch.arange(4)  # Seeds stand at 0, 10, 20, 30: one of each kind
     truth[[0, 10, 20, 30]] = torch.arange(4)
     tokens = F.one_hot(truth, 8).float() * 5 + 0.1 * noise(40, 8)
     assert torch.equal(kmeans(tokens.unsqueeze(0), 4, 5)[0], truth)

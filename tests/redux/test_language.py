@@ -138,7 +138,7 @@ def test_a_trained_model_is_saved_and_generates(parts: dict[str, Path], family: 
     before = model(**inputs, labels=inputs["input_ids"]).loss
     before.backward()
     without = [name for name, weight in model.named_parameters() if weight.grad is None]
-    # the tower's last block and layer norm are above the layer that LLaVA reads
+    # The tower's last block and layer norm are above the layer that LLaVA reads.
     assert all(name.startswith("model.vision_tower.") for name in without)
     torch.optim.SGD(model.parameters(), lr=0.05).step()
     model.save_pretrained(tmp_path)

@@ -82,7 +82,7 @@ def llava_v1(turns: Turns, tokenizer: PreTrainedTokenizerBase) -> tuple[list[int
         parts = around.split(" ASSISTANT: ")
         if len(parts) != 2:
             break
-        # a round by itself has a blank in front, which it has not in the whole prompt
+        # A round by itself has a blank in front, which it has not in the whole prompt.
         shorter = number > 0 and not tokenizer.legacy
         asked = len(tokenize(parts[0] + " ASSISTANT: ", tokenizer)) - 2 - shorter
         labels[at : at + asked] = [IGNORE_INDEX] * asked

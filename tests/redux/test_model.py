@@ -150,7 +150,7 @@ def test_decoding_with_the_caches_equals_the_full_pass_token_by_token(
     batch["attention_mask"] = torch.cat([batch["attention_mask"], torch.ones(2, 8, dtype=torch.long)], dim=1)
     whole = logits(model, **{**batch, "input_ids": told.sequences}, use_cache=False)
     torch.testing.assert_close(torch.stack(told.logits, dim=1), whole[:, start - 1 : -1], rtol=1e-4, atol=1e-5)
-    # greedy: each token is the likeliest of the full pass that is neither an image's nor the end of the text
+    # Greedy: each token is the likeliest of the full pass that is neither an image's nor the end of the text.
     whole[..., [image, model.config.text_config.eos_token_id]] = -torch.inf
     assert torch.equal(told.sequences[:, start:], whole[:, start - 1 : -1].argmax(dim=-1))
 
@@ -646,5 +646,5 @@ def test_the_language_model_starts_with_small_init(
 ) -> None:
     language = LanguageSizes(hidden_size=width, num_hidden_layers=1, num_attention_heads=4, intermediate_size=256)
     decoder = build_model(ModelSettings(tower=tower, language=language), tokenizer).model.language_model
-    for weight in (decoder.embed_tokens.weight[3:], decoder.layers[0].mlp.up_proj.weight):  # the padding's row is zero
+    for weight in (decoder.embed_tokens.weight[3:], decoder.layers[0].mlp.up_proj.weight):  # The padding's row is zero
         assert float(weight.detach().std()) == pytest.approx((2 / (5 * width)) ** 0.5, rel=0.1)

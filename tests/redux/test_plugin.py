@@ -58,7 +58,7 @@ def test_off_again_the_model_is_what_it_was(new_model: Callable[[str], Any], fam
     model, inputs = new_model(family), sample(family)
     then, before = logits(model, **inputs), state(model)  # transformers itself leaves things on a model that ran
     inhibit(model, STRONG)
-    inhibit(model, CMAI(gamma_max=0.3))  # other settings take the place of the first
+    inhibit(model, CMAI(gamma_max=0.3))  # Other settings take the place of the first
     on = logits(model, **inputs)
     assert not torch.allclose(on, then, atol=1e-3)
     inhibit(model, None)
@@ -75,8 +75,8 @@ def slow_keep(weights: list[list[float]], image: list[bool], visible: Tensor, ra
         columns = [k for k in range(length) if image[k] and visible[j, k]]
         if image[j] or not columns:
             continue
-        text = [h for h in range(j) if not image[h]]  # eq. 9: A_t2n is zero unless j > h
-        focus = {k: sum(weights[j][h] * weights[h][k] for h in text) + weights[j][k] for k in columns}  # eq. 10, 11
+        text = [h for h in range(j) if not image[h]]  # Eq. 9: A_t2n is zero unless j > h
+        focus = {k: sum(weights[j][h] * weights[h][k] for h in text) + weights[j][k] for k in columns}  # Eq. 10, 11
         for k in sorted(columns, key=focus.__getitem__)[: int(ratio * (len(columns) - 1))]:
             keep[j, k] = False
     return keep

@@ -443,7 +443,7 @@ def bucket(monkeypatch: pytest.MonkeyPatch) -> Iterator[s3fs.S3FileSystem]:
     files = s3fs.S3FileSystem()
     files.mkdir("models")
     yield files
-    files.rm("models", recursive=True)  # the server's memory is the process's
+    files.rm("models", recursive=True)  # The server's memory is the process's
     server.stop()
 
 

@@ -293,7 +293,7 @@ def test_replicas_in_threads_give_what_the_model_gives(tiny: Tiny, sample: Sampl
     model.model.vision_tower.register_forward_hook(hold)
     replicas = [replica(model) for _ in parts]
     for weight in model.parameters():
-        torch.nn.init.constant_(weight, torch.nan)  # a replica that reads these is told
+        torch.nn.init.constant_(weight, torch.nan)  # A replica that reads these is told
 
     def work(number: int) -> None:
         found[number] = logits(replicas[number], **parts[number])

@@ -39,7 +39,7 @@ def slow(
 ) -> tuple[Tensor, list[list[int]], list[bool]]:
     """Equations 5-8 of one image: the output tokens, the input tokens that each holds, and which are clusters."""
     ranked = sorted(range(len(tokens)), key=lambda patch: (-float(ips[patch]), patch))
-    primary, redundant = ranked[: stage.kept], ranked[stage.kept :]  # eq. 5, 6
+    primary, redundant = ranked[: stage.kept], ranked[stage.kept :]  # Eq. 5, 6
     outputs = [(tokens[patch], [patch], False) for patch in primary]
     if stage.clusters:
         label = kmeans(tokens[redundant].unsqueeze(0), stage.clusters, vmtc.iterations)[0].tolist()
@@ -47,11 +47,11 @@ def slow(
             members = [patch for patch, number in zip(redundant, label, strict=True) if number == cluster]
             shared = {"normalized": members, "total": redundant}.get(vmtc.weights)
             total = sum(float(ips[patch]) for patch in shared) if shared else 1.0
-            merged = torch.stack([ips[patch] * tokens[patch] for patch in members]).sum(dim=0) / total  # eq. 7
+            merged = torch.stack([ips[patch] * tokens[patch] for patch in members]).sum(dim=0) / total  # Eq. 7
             outputs.append((merged, members, True))
     if vmtc.order == "spatial":
         outputs.sort(key=lambda output: min(output[1]))
-    values, members, cluster = zip(*outputs, strict=True)  # eq. 8
+    values, members, cluster = zip(*outputs, strict=True)  # Eq. 8
     return torch.stack(values), list(members), list(cluster)
 
 
@@ -300,7 +300,7 @@ def test_sinks_are_patches_of_a_norm_far_above_the_median(sink_norm: float) -> N
 def test_no_sink_is_a_primary_token_while_another_patch_is_left(weights: Any, clusters: int) -> None:
     tokens, ips = example()
     tokens[:, [3, 8]] *= 30
-    ips[:, [3, 8]] = 0.4  # sinks draw most of the attention
+    ips[:, [3, 8]] = 0.4  # Sinks draw most of the attention
     stage, vmtc = CompressionStage(0, 12, clusters), VMTC(order="rank", weights=weights)
     _, kept, _ = compress_tokens(tokens, ips, stage, vmtc)
     assert (kept[:, [3, 8]] < 2).all()
@@ -389,7 +389,7 @@ def test_assignment_follows_every_patch_through_all_stages() -> None:
     ids=str,
 )
 def test_a_wrong_setting_is_named(monkeypatch: pytest.MonkeyPatch, wrong: dict[str, Any]) -> None:
-    monkeypatch.setattr(jaxtyping.config, "jaxtyping_disable", True)  # it would name some of these first
+    monkeypatch.setattr(jaxtyping.config, "jaxtyping_disable", True)  # It would name some of these first
     ((name, value),) = wrong.items()
     with pytest.raises(ValueError, match=re.escape(f"{name}: got {value!r}, allowed: ")):
         VMTC(**wrong)

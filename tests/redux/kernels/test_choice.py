@@ -67,7 +67,7 @@ def test_each_decision_is_logged_once(caplog: pytest.LogCaptureFixture) -> None:
 
 
 def test_an_unknown_choice_is_an_error(monkeypatch: pytest.MonkeyPatch) -> None:
-    # the type checker of tests would refuse it first
+    # The type checker of tests would refuse it first.
     monkeypatch.setattr(jaxtyping.config, "jaxtyping_disable", True)
     with pytest.raises(ValueError, match="kernels: got 'fast', allowed: auto, plain, fused"):
         redux.set_kernels("fast")  # type: ignore[arg-type]
