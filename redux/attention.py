@@ -73,8 +73,8 @@ class AttentionRecorder:
             visible, bias = (
                 (head_mask, None) if head_mask.dtype == torch.bool else (head_mask > MASKED_SCORE, head_mask)
             )
-            of_head = key[:, head * key.shape[1] // query.shape[1]].unsqueeze(1)
-            weights = mean_attention_weights(query[:, head : head + 1, first:], of_head, visible, scale, bias)
+            head_keys = key[:, head * key.shape[1] // query.shape[1]].unsqueeze(1)
+            weights = mean_attention_weights(query[:, head : head + 1, first:], head_keys, visible, scale, bias)
             total += weights[0].mean(dim=0)
         self.weights[layer] = total / query.shape[1]
 

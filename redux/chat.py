@@ -186,8 +186,8 @@ class ChatModel(TrainedLlava):
 
     def _limit(self, chat: EncodedChat, sampling: Sampling) -> Sampling:
         """Limit an answer to the positions that the conversation leaves."""
-        room = self.max_length - len(chat.input_ids)
-        return replace(sampling, max_new_tokens=min(sampling.max_new_tokens, room))
+        free_positions = self.max_length - len(chat.input_ids)
+        return replace(sampling, max_new_tokens=min(sampling.max_new_tokens, free_positions))
 
     def build_inputs(self, chats: Sequence[EncodedChat]) -> dict[str, Tensor]:
         """Build the inputs of a batch, see `redux.answering.build_inputs`."""
@@ -289,30 +289,35 @@ class RowDecoder:
             return None
         self.tokens.append(token)
         decoded = self.decode(self.tokens).strip()
-        stop = min((at for stop in self.sampling.stop if (at := decoded.find(stop)) >= 0), default=None)
-        if stop is not None:
-            decoded, self.finish_reason = decoded[:stop].rstrip(), "stop"
+        positions = [decoded.find(text) for text in self.sampling.stop]
+        stop_position = min((position for position in positions if position >= 0), default=None)
+        if stop_position is not None:
+            decoded = decoded[:stop_position].rstrip()
+            self.finish_reason = "stop"
         elif is_end:
             self.finish_reason = "stop"
         elif len(self.tokens) == self.sampling.max_new_tokens:
             self.finish_reason = "length"
         final = decoded if self.finish_reason else self._cut_unfinished(decoded)
         # Some decoders change earlier text for a while, which cannot be taken back: wait until they agree again.
-        new = final[len(self.text) :] if final.startswith(self.text) or self.finish_reason else ""
-        self.text += new
-        return Delta(self.number, new, len(self.tokens), self.finish_reason)
+        new_text = final[len(self.text) :] if final.startswith(self.text) or self.finish_reason else ""
+        self.text += new_text
+        return Delta(self.number, new_text, len(self.tokens), self.finish_reason)
 
     def _cut_unfinished(self, decoded: str) -> str:
         """Cut the end of a text that the next token may change, or that may begin a stop text."""
         decoded = decoded.rstrip(REPLACEMENT_CHARACTER)
         for stop in self.sampling.stop:
-            beginnings = (stop[:length] for length in range(len(stop) - 1, 0, -1))
-            decoded = next((decoded.removesuffix(part) for part in beginnings if decoded.endswith(part)), decoded)
+            # The longest beginning of the stop text that the text ends with.
+            for length in range(len(stop) - 1, 0, -1):
+                if decoded.endswith(stop[:length]):
+                    decoded = decoded[:-length]
+                    break
         return decoded.rstrip()
 
 
 class RowSampler(LogitsProcessor):
-    """Draws the next token of each row with the row's own temperature, nucleus and seed.
+    """Logits processor that draws the next token of each row with the row's own temperature, nucleus and seed.
 
     The drawn token keeps its score and all others lose theirs, so that greedy generation takes it. Rows of temperature
     0 keep all scores.
@@ -341,14 +346,14 @@ class RowSampler(LogitsProcessor):
             # The likeliest tokens whose mass before them is below top_p.
             probabilities[probabilities.cumsum(dim=0) - probabilities >= sampling.top_p] = 0
             token = tokens[torch.multinomial(probabilities, 1, generator=generator)]
-            kept = scores[row, token].clone()
+            score = scores[row, token].clone()
             scores[row] = -torch.inf
-            scores[row, token] = kept
+            scores[row, token] = score
         return scores
 
 
 class RowStopper(StoppingCriteria):
-    """Passes the new token of each row on, and ends the rows that are finished.
+    """Stopping criterion that passes the new token of each row on, and ends the rows that are finished.
 
     Args:
         is_finished: gets the new tokens, returns True for rows that are finished.

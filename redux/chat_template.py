@@ -73,6 +73,7 @@ def derive_template(tokenizer: PreTrainedTokenizerBase) -> Template:
     """
     if not tokenizer.chat_template:
         raise _refuse("a tokenizer without a chat template")
+    # The texts around the turns: those of the first and of a later turn must be equal.
     prefix, assistant = _render_around(tokenizer, PROBE_WORDS[:1])
     start, _, between, before_answer, tail = _render_around(tokenizer, PROBE_WORDS)
     human = between.removeprefix(tail)
@@ -94,6 +95,7 @@ def derive_template(tokenizer: PreTrainedTokenizerBase) -> Template:
         strips=_strips(tokenizer),
         has_special_tokens=True,
     )
+    # The check of renderings compares texts; this one compares token ids.
     _check_renderings(tokenizer, template)
     turns = [{"from": role, "value": text} for role, text in zip(("human", "gpt"), PROBE_WORDS[:2], strict=True)]
     try:

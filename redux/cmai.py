@@ -3,9 +3,10 @@
 In every layer of the language model a text token may attend only to the image tokens that matter to it: those whose
 focus score F = A_n2i + A_t2i (`redux.focus`) reaches the gamma-th quantile of its row. The other pairs get minus
 infinity before the softmax (`redux.attention`), which then renormalises the row. The mask is a threshold, so no
-gradient flows through F. A pair whose score equals the threshold stays, so recomputed activations give the same mask.
-Rows up to the first text after an image lose nothing and are skipped. A `FocusCache` keeps the rows of A_t2i with the
-keys and values, so decoding (`redux.decoding`) equals the full forward pass. `redux.plugin` finds the image tokens.
+gradient flows through F. A pair at the threshold stays. The mask has no random part, so recomputed activations give the
+same mask. Rows up to the first text after an image lose nothing and are skipped. A `FocusCache` keeps the rows of A_t2i
+with the keys and values, so decoding (`redux.decoding`) equals the full forward pass. `redux.plugin` finds the image
+tokens.
 
 `CMAI` has an option wherever the paper is silent or contradicts itself. The paper calls QK^T the attention score and
 then treats A as weights. A product of signed scores is not a weighting, so the default is weights. One mask serves
@@ -20,7 +21,7 @@ masks (batch, or 1 if all sequences share a mask).
 from collections.abc import Iterator
 from contextlib import contextmanager
 from contextvars import ContextVar
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass
 from functools import cached_property
 from typing import Any
 
@@ -28,14 +29,15 @@ import torch
 from jaxtyping import Bool, Float, Int, UInt8
 from torch import Tensor
 
-from redux.decoding import DecodingStep, mask_heads, select_heads
+from redux.decoding import DecodingStep
 from redux.focus import (
     focus_score,
     mean_attention_scores,
     mean_attention_weights,
     select_above_quantile,
 )
-from redux.focus_cache import FocusRows, HeadRows
+from redux.focus_cache import FocusRows
+from redux.headwise_mask import HeadwiseMask
 from redux.parallel import mean_over_ranks
 from redux.settings import CMAI
 
@@ -43,9 +45,6 @@ Decisions = dict[int, Bool[Tensor, "batch mask_heads keys keys"]]
 """Pairs that stay, by layer, one mask for all heads or one for each; layers that inhibit nothing are missing."""
 
 _recorded: ContextVar[Decisions | None] = ContextVar("recorded decisions", default=None)
-
-DEVICE_FIELDS = ("is_image", "columns", "valid")
-"""Fields of an `Inhibition` that are tensors."""
 
 
 @contextmanager
@@ -67,8 +66,8 @@ def is_recording() -> bool:
     return _recorded.get() is not None
 
 
-@dataclass(frozen=True)
-class Inhibition:
+@dataclass(frozen=True, kw_only=True)
+class Inhibition(HeadwiseMask):
     """The inhibition of one forward pass, shared by all layers.
 
     Args:
@@ -82,23 +81,10 @@ class Inhibition:
         copies: this inhibition on other devices, for a model that lies on several.
     """
 
-    cmai: CMAI
-    gammas: tuple[float, ...]
-    is_image: Bool[Tensor, "batch keys"]
-    columns: Int[Tensor, "batch image"]
-    valid: Bool[Tensor, "batch image"]
-    first_text_row: int
-    cache: Any
-    copies: dict[torch.device, "Inhibition"] = field(default_factory=dict, repr=False, compare=False)
+    SEQUENCE_FIELDS = ("is_image", "columns", "valid")
 
-    def to(self, device: Any, non_blocking: bool = False) -> "Inhibition":
-        """Return the inhibition on another device, copied once for all layers there. accelerate's hooks call it."""
-        if (device := torch.device(device)) == self.columns.device:
-            return self
-        if device not in self.copies:
-            tensors = {name: getattr(self, name).to(device, non_blocking=non_blocking) for name in DEVICE_FIELDS}
-            self.copies[device] = replace(self, **tensors)
-        return self.copies[device]
+    is_image: Bool[Tensor, "batch keys"]
+    first_text_row: int
 
     @classmethod
     def for_forward(
@@ -138,8 +124,15 @@ class Inhibition:
             cache.set_columns(columns, count, first_text_row)
         if first_text_row == is_image.shape[1]:
             return None
-        valid = is_image.gather(1, columns)
-        return cls(cmai, cmai.compute_gammas(num_layers), is_image, columns, valid, first_text_row, cache)
+        return cls(
+            cmai=cmai,
+            gammas=cmai.compute_gammas(num_layers),
+            cache=cache,
+            is_image=is_image,
+            columns=columns,
+            valid=is_image.gather(1, columns),
+            first_text_row=first_text_row,
+        )
 
     @cached_property
     def image_index(self) -> Int[Tensor, "batch keys"]:
@@ -163,35 +156,13 @@ class Inhibition:
         bias: Float[Tensor, "masks 1 rows keys"] | None = None,
         mesh: Any = None,
     ) -> Bool[Tensor, "batch mask_heads rows keys"]:
-        """Compute the pairs that stay in one layer: one mask for all heads, or one for each if `CMAI.heads` says so.
-
-        Args:
-            layer: index of the layer.
-            query: queries of the new tokens.
-            key: keys of all tokens so far.
-            visible: pairs that the causal mask leaves.
-            scale: factor of the scores.
-            bias: values to add to the scores.
-            mesh: ranks that share the heads, see `redux.parallel`.
-
-        Returns:
-            False for pairs of a text row and an image key whose focus is below the row's quantile, else True.
-        """
-
-        def mean_mask(
-            query: Tensor, key: Tensor, visible: Tensor, bias: Tensor | None, num_heads: int | None
-        ) -> Tensor:
-            if num_heads is None:
-                return self._compute_mean_mask(layer, query, key, visible, scale, bias, mesh)
-            return self._repeat_for_heads(num_heads)._compute_mean_mask(layer, query, key, visible, scale, bias, None)
-
-        heads = select_heads(self.cmai, layer, query.shape[1], mesh)
-        mask = mask_heads(heads, query, key, visible, bias, mean_mask)
+        """Compute the pairs that stay in one layer, and record them in `record_decisions`."""
+        mask = super().compute_mask(layer, query, key, visible, scale, bias, mesh)
         if (decisions := _recorded.get()) is not None:
             decisions[layer] = mask
         return mask
 
-    def _compute_mean_mask(
+    def _compute_shared_mask(
         self,
         layer: int,
         query: Float[Tensor, "batch heads rows head_dim"],
@@ -227,12 +198,6 @@ class Inhibition:
         mask[:, start:].scatter_(2, columns, kept)
         return mask.unsqueeze(1)
 
-    def _repeat_for_heads(self, num_heads: int) -> "Inhibition":
-        """Return the inhibition of the sequences of `fold_heads`."""
-        tensors = {name: getattr(self, name).repeat_interleave(num_heads, dim=0) for name in DEVICE_FIELDS}
-        cache = self.cache if self.cache is None else HeadRows(self.cache, num_heads)
-        return replace(self, **tensors, cache=cache, copies={})
-
     @torch.no_grad()
     def compute_key_mask(
         self,
@@ -259,7 +224,9 @@ class Inhibition:
         from redux.kernels.mean_attention import mean_attention
         from redux.kernels.selection import drop_below_quantile
 
-        start, length, num_columns = self.first_text_row, query.shape[2], self.columns.shape[1]
+        start = self.first_text_row
+        length = query.shape[2]
+        num_columns = self.columns.shape[1]
         cache = None if self.cmai.focus == "tia" else self.cache
         if cache is None or mesh is not None:
             t2i = query.new_zeros(len(query), length - start, num_columns, dtype=torch.float32)

@@ -97,7 +97,7 @@ class ReduxConfig(LlavaConfig):
         """Visual tokens of one image that reach the language model, without a class token."""
         if reduction := self.method_settings("reduction"):
             return reduction.count_tokens(self.num_patches)
-        return next((stage.out for stage in reversed(self.compression_stages.values())), self.num_patches)
+        return next((stage.num_tokens_out for stage in reversed(self.compression_stages.values())), self.num_patches)
 
     @property
     def keeps_class_token(self) -> bool:

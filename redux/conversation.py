@@ -266,16 +266,16 @@ def _tokenize(
     image_id = tokenizer.convert_tokens_to_ids(IMAGE_TOKEN)
     ids: list[int] = []
     spans: list[np.ndarray] = []
-    first = 0  # First character of the part
+    offset = 0  # First character of the part
     for number, part in enumerate(parts):
         # The begin token belongs to the first part only.
         encoded = tokenizer(part, add_special_tokens=add_special_tokens and number == 0, return_offsets_mapping=True)
         ids += encoded["input_ids"]
-        spans.append(np.asarray(encoded["offset_mapping"], np.int64).reshape(-1, 2) + first)
-        first += len(part) + len(IMAGE_TOKEN)
+        spans.append(np.asarray(encoded["offset_mapping"], np.int64).reshape(-1, 2) + offset)
+        offset += len(part) + len(IMAGE_TOKEN)
         if number < len(parts) - 1:
             ids.append(image_id)
-            spans.append(np.array([[first - len(IMAGE_TOKEN), first]]))
+            spans.append(np.array([[offset - len(IMAGE_TOKEN), offset]]))
     start, end = np.concatenate(spans).T
     return np.asarray(ids, np.int64), start, end
 

@@ -141,7 +141,7 @@ def _tower_flops(config: ReduxConfig, stages: tuple[CompressionStage, ...]) -> i
     """FLOPs of the blocks in use, on the tokens that VMTC leaves."""
     tower, prefix = config.vision_config, int(config.has_class_token)
     dim = tower.hidden_size
-    out = {stage.block: stage.out for stage in stages}
+    out = {stage.block: stage.num_tokens_out for stage in stages}
     reduction = config.method_settings("reduction")
     resizes = reduction is not None and reduction.method == "resize"
     patches = config.num_visual_tokens if resizes else config.num_patches
@@ -159,7 +159,7 @@ def _tower_flops(config: ReduxConfig, stages: tuple[CompressionStage, ...]) -> i
 def _compression_flops(config: ReduxConfig, stages: tuple[CompressionStage, ...]) -> int:
     vmtc, reduction = config.method_settings("vmtc"), config.method_settings("reduction")
     if vmtc:
-        inputs = (config.num_patches, *(stage.out for stage in stages))
+        inputs = (config.num_patches, *(stage.num_tokens_out for stage in stages))
         return sum(_stage_flops(config, vmtc, stage, patches) for stage, patches in zip(stages, inputs, strict=False))
     return _reduction_flops(config, reduction) if reduction else 0
 

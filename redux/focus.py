@@ -123,9 +123,9 @@ def unfold_heads(
     kept: Bool[Tensor, "sequences 1 rows keys"], heads: Sequence[int], num_heads: int
 ) -> Bool[Tensor, "batch num_heads rows keys"]:
     """Lay the masks of the sequences of `fold_heads` side by side; all pairs of other heads stay."""
-    of_heads = kept.squeeze(1).unflatten(0, (-1, len(heads)))
-    others = torch.ones_like(of_heads[:, 0])
-    masks = dict(zip(heads, of_heads.unbind(dim=1), strict=True))
+    head_masks = kept.squeeze(1).unflatten(0, (-1, len(heads)))
+    others = torch.ones_like(head_masks[:, 0])
+    masks = dict(zip(heads, head_masks.unbind(dim=1), strict=True))
     return torch.stack([masks.get(head, others) for head in range(num_heads)], dim=1)
 
 

@@ -83,7 +83,7 @@ class FocusRows(Cache):
         return rows == 1 and has_columns and self.free_columns > 0
 
     def needs_count(self, rows: int) -> bool:
-        """Return True if the host must locate image tokens again before a decoded token: the free columns may be full."""
+        """Return True if the host must locate image tokens again before a decoded token: free columns may be full."""
         return rows == 1 and not self.is_static and self.num_columns > 0 and self.free_columns <= 0
 
     def fits_tokens(self) -> bool:
@@ -96,16 +96,16 @@ class FocusRows(Cache):
         Returns:
             True for keys so far that are image tokens.
         """
-        before = int(self.length)
-        after = before + is_image.shape[1]
-        if self.flags is None or self.flags.shape[1] < after:
-            flags = is_image.new_zeros(len(is_image), self._capacity(after))
+        old_length = int(self.length)
+        new_length = old_length + is_image.shape[1]
+        if self.flags is None or self.flags.shape[1] < new_length:
+            flags = is_image.new_zeros(len(is_image), self._capacity(new_length))
             if self.flags is not None:
-                flags[:, :before] = self.flags[:, :before].to(flags.device)
+                flags[:, :old_length] = self.flags[:, :old_length].to(flags.device)
             self.flags = self._pin(flags)
-        self.flags[:, before:after] = is_image
-        self._set_length(after)
-        return self.flags[:, :after].to(is_image.device)
+        self.flags[:, old_length:new_length] = is_image
+        self._set_length(new_length)
+        return self.flags[:, :new_length].to(is_image.device)
 
     def set_columns(
         self, columns: Int[Tensor, "batch image"], count: Int[Tensor, "batch 1"], first_text_row: int
@@ -147,7 +147,7 @@ class FocusRows(Cache):
         self.flags.index_copy_(1, position.reshape(1), is_image)
         return position, is_image
 
-    def flags_of(self, keys: int) -> Bool[Tensor, "batch keys"]:
+    def get_flags(self, keys: int) -> Bool[Tensor, "batch keys"]:
         """Return the flags of image tokens, for as many keys as a layer has."""
         assert self.flags is not None
         return self.flags[:, :keys]
@@ -165,7 +165,7 @@ class FocusRows(Cache):
 
     def reserve_rows(
         self, layer: int, keys: int, like: Tensor, heads: tuple[int, ...] = ()
-    ) -> Float[Tensor, "batch capacity some *head"]:
+    ) -> Float[Tensor, "batch capacity slots_at_least *head"]:
         """Return all rows of a layer from `start` on, with room for those of all keys; those to come are zero.
 
         Args:
@@ -232,15 +232,15 @@ class FocusRows(Cache):
 
     def reorder_cache(self, beam_idx: Tensor) -> None:
         super().reorder_cache(beam_idx)
-        self._select(lambda tensor: tensor.index_select(0, beam_idx.to(tensor.device)))
+        self._select_sequences(lambda tensor: tensor.index_select(0, beam_idx.to(tensor.device)))
 
     def batch_repeat_interleave(self, repeats: int) -> None:
         super().batch_repeat_interleave(repeats)
-        self._select(lambda tensor: tensor.repeat_interleave(repeats, dim=0))
+        self._select_sequences(lambda tensor: tensor.repeat_interleave(repeats, dim=0))
 
     def batch_select_indices(self, indices: Tensor) -> None:
         super().batch_select_indices(indices)
-        self._select(lambda tensor: tensor[indices.to(tensor.device)])
+        self._select_sequences(lambda tensor: tensor[indices.to(tensor.device)])
 
     def reset(self) -> None:
         super().reset()
@@ -259,7 +259,8 @@ class FocusRows(Cache):
         if length <= self.start:
             self._keys_with_rows = 0  # No row is left, so the next prompt may begin its rows elsewhere
 
-    def _select(self, select: Callable[[Tensor], Tensor]) -> None:
+    def _select_sequences(self, select: Callable[[Tensor], Tensor]) -> None:
+        """Replace the tensors of all sequences by those of selected sequences."""
         if self.flags is not None:
             self.flags = select(self.flags)
         if self.columns is not None and self.count is not None:
@@ -295,7 +296,7 @@ class StaticFocusCache(FocusRows, StaticCache):
                     tensor.zero_()
 
     def copy_tokens(self, source: FocusCache, slots: int, start: int) -> None:
-        """Take over what a FocusCache knows of its tokens, at the addresses of the tokens before, if there were any.
+        """Copy the tokens of a FocusCache into the tensors of this cache, which keep their addresses.
 
         Args:
             source: cache of a prompt, whose keys and values the layers have already.
@@ -320,10 +321,10 @@ class StaticFocusCache(FocusRows, StaticCache):
         self.count.copy_(source.count)
         self.num_columns, self.free_columns = source.num_columns, FREE_COLUMNS - 1
         for layer, rows in source.t2i.items():
-            own = self.prepare_rows(layer, self.get_max_length(), rows, rows.shape[3:])
-            own.zero_()
-            first = source.start - start
-            own[:, first : first + rows.shape[1], : rows.shape[2]] = rows
+            target_rows = self.prepare_rows(layer, self.get_max_length(), rows, rows.shape[3:])
+            target_rows.zero_()
+            offset = source.start - start
+            target_rows[:, offset : offset + rows.shape[1], : rows.shape[2]] = rows
         for layer in self._rows.keys() - source._rows.keys():
             self._rows[layer].zero_()
 
@@ -353,7 +354,7 @@ class StaticFocusCache(FocusRows, StaticCache):
 
 @dataclass(frozen=True)
 class HeadRows:
-    """A view of a cache for heads that have rows of their own: each head of each sequence is a sequence of its own.
+    """View of a cache for heads that have their own rows: each head of each sequence counts as a separate sequence.
 
     Args:
         cache: the cache.
@@ -367,9 +368,9 @@ class HeadRows:
     def start(self) -> int:
         return self.cache.start
 
-    def flags_of(self, keys: int) -> Bool[Tensor, "sequences keys"]:
-        """Return the flags of image tokens, see `FocusRows.flags_of`."""
-        return self.cache.flags_of(keys).repeat_interleave(self.num_heads, dim=0)
+    def get_flags(self, keys: int) -> Bool[Tensor, "sequences keys"]:
+        """Return the flags of image tokens, see `FocusRows.get_flags`."""
+        return self.cache.get_flags(keys).repeat_interleave(self.num_heads, dim=0)
 
     def append_rows(
         self, layer: int, t2i: Float[Tensor, "sequences rows image"]

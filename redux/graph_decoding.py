@@ -54,9 +54,9 @@ TokenCallback = Callable[[Int[Tensor, "batch"]], bool]
 """Gets the new token of each sequence; True ends the decoding."""
 
 _logger = logging.getLogger(__name__)
-_reported: set[str] = set()
-_lock = threading.Lock()
-_kept: "WeakKeyDictionary[Any, GreedySteps]" = WeakKeyDictionary()
+_logged_reasons: set[str] = set()
+_steps_lock = threading.Lock()
+_steps_by_model: "WeakKeyDictionary[Any, GreedySteps]" = WeakKeyDictionary()
 
 
 def use_graph(model: Any, inputs: Mapping[str, Tensor]) -> bool:
@@ -71,14 +71,14 @@ def use_graph(model: Any, inputs: Mapping[str, Tensor]) -> bool:
 
 def release_graphs() -> None:
     """Free the graphs that are kept, and their caches."""
-    with _lock:
-        _kept.clear()
+    with _steps_lock:
+        _steps_by_model.clear()
 
 
 def report(reason: str) -> None:
     """Log once why `generate` decodes."""
-    if reason not in _reported:
-        _reported.add(reason)
+    if reason not in _logged_reasons:
+        _logged_reasons.add(reason)
         _logger.warning("greedy decoding: without a CUDA graph, because %s", reason)
 
 
@@ -326,11 +326,11 @@ def decode_prompt(
     # The capture, too, needs room.
     needed = length + max(max_new_tokens, WARM_CALLS + 1)
     key = describe_model(model, batch, eos_token_ids, pad_token_id)
-    with _lock:
+    with _steps_lock:
         # Two threads must not replay one graph, which has one set of input tensors.
-        steps = _kept.get(model)
+        steps = _steps_by_model.get(model)
         if steps is None or not steps.fits(key, needed, prompt.image_room, prompt.start):
-            _kept.pop(model, None)  # One graph at a time is in memory
+            _steps_by_model.pop(model, None)  # One graph at a time is in memory
             del steps
             image_room = round_up(prompt.image_room, IMAGE_ROOM_STEP)
             capacity = round_up(needed, CAPACITY_STEP)
@@ -344,7 +344,7 @@ def decode_prompt(
         if steps.graph is None and not steps.failed:
             steps.capture(model)
             steps.load(prompt, config)
-            _kept[model] = steps
+            _steps_by_model[model] = steps
         prompt.cache.reset()
         step = steps.graph.replay if steps.graph else lambda: steps.step(model)
         return steps.run(prompt, max_new_tokens, step, should_stop)

@@ -27,8 +27,8 @@ MAX_SHAPES = 8
 """Shapes of pixel tensors for which a tower keeps graphs; further shapes are encoded without one."""
 
 _logger = logging.getLogger(__name__)
-_lock = threading.Lock()
-_kept: "WeakKeyDictionary[nn.Module, TowerGraphs]" = WeakKeyDictionary()
+_graphs_lock = threading.Lock()
+_graphs_by_tower: "WeakKeyDictionary[nn.Module, TowerGraphs]" = WeakKeyDictionary()
 
 
 def run_tower(
@@ -50,11 +50,11 @@ def run_tower(
     settings = (tower.training, get_kernels(), compression)
     # A graph reads weights at their addresses, so a replaced weight needs a new capture.
     weights = tuple(tensor.data_ptr() for tensor in itertools.chain(tower.parameters(), tower.buffers()))
-    with _lock:
+    with _graphs_lock:
         # Two threads must not replay one graph, which has one set of tensors.
-        graphs = _kept.get(tower)
+        graphs = _graphs_by_tower.get(tower)
         if graphs is None or graphs.weights != weights or graphs.settings != settings:
-            graphs = _kept[tower] = TowerGraphs(settings, weights)
+            graphs = _graphs_by_tower[tower] = TowerGraphs(settings, weights)
         graph = graphs.find(tower, pixels, compression)
         if graph:
             return graph.encode(pixels)

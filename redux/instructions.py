@@ -178,7 +178,7 @@ def _is_uppercase(response: str) -> bool:
 
 
 def _is_english(text: str) -> bool:
-    """Return True if langdetect finds English; a text without features of a language counts as English, as in IFEval."""
+    """Return True if langdetect finds English; a text without features of a language counts as English (IFEval)."""
     detector = _load_language_detectors().create()
     try:
         detector.append(text)
@@ -253,7 +253,12 @@ def _has_sentence_count(response: str, num_sentences: int, relation: str) -> boo
 
 def _has_word_count(response: str, num_words: int, relation: str) -> bool:
     # NLTK 3.10 matches with this library, which keeps combining marks inside words; `re` ends a word before them.
-    return _compare_count(len(regex.findall(r"\w+", response)), relation, num_words)
+    return _compare_count(count_words(response), relation, num_words)
+
+
+def count_words(response: str) -> int:
+    """Count the words of a response, as the instruction on their number does."""
+    return len(regex.findall(r"\w+", response))
 
 
 def _compare_count(count: int, relation: str, bound: int) -> bool:

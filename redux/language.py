@@ -95,9 +95,9 @@ def _find_problem(config_class: Any, saved: str) -> str:
     config = config_class(**values)
     if config.is_encoder_decoder or config.get_text_config() is not config:
         return "which has more parts than a decoder"
-    forgetful = {type(layer).__name__ for layer in DynamicCache(config=config).layers} - {"DynamicLayer"}
-    if forgetful:
-        return f"which does not keep the keys of all tokens ({', '.join(sorted(forgetful))})"
+    unsupported_layers = {type(layer).__name__ for layer in DynamicCache(config=config).layers} - {"DynamicLayer"}
+    if unsupported_layers:
+        return f"which does not keep the keys of all tokens ({', '.join(sorted(unsupported_layers))})"
     if reason := OTHER_ATTENTION.get(config.model_type):
         return reason
     if getattr(config, "attn_logit_softcapping", None):
@@ -167,6 +167,7 @@ def _find_other_build(language: Any) -> str:
 
 def _find_other_output(language: Any) -> str:
     """Find an output of a language model that differs if LLaVA runs its decoder, or that depends on the cache."""
+    # The input of the first layer: LLaVA puts image features there, so nothing may change it.
     base = language.base_model
     ids = torch.arange(3, 15)[None]
     embeddings = base.embed_tokens(ids)
@@ -181,11 +182,13 @@ def _find_other_output(language: Any) -> str:
     logits = language.get_output_embeddings()(hidden)
     if not torch.equal(language(input_ids=ids, use_cache=False).logits, logits):
         return "whose logits are more than the product of decoder and head"
+    # Positions must come from position_ids: the given ones change nothing, others do.
     positions = torch.arange(ids.shape[1])[None]
     at_positions = base(inputs_embeds=embeddings, position_ids=positions, use_cache=False).last_hidden_state
     apart = base(inputs_embeds=embeddings, position_ids=3 * positions, use_cache=False).last_hidden_state
     if not torch.equal(at_positions, hidden) or torch.equal(apart, hidden):
         return "which does not take positions from position_ids"
+    # A prompt, decoded tokens and several tokens on a cache.
     cache = DynamicCache(config=language.config)
     parts = [
         base(inputs_embeds=part, past_key_values=cache, use_cache=True).last_hidden_state

@@ -1,6 +1,6 @@
 """CMAI in any image-text-to-text model of transformers whose language model decodes images and text in one sequence.
 
-Hooks do it; no subclass and no second `forward` or `generate` is needed.
+Hooks add CMAI; no subclass and no second `forward` or `generate` is needed.
 
 1. The token ids of a call of the model, or of its base model, show which tokens are image tokens. Q-Former models
    generate with their language model alone, without their own `forward`; then the ids that were embedded show the same.
@@ -75,9 +75,11 @@ def _check_compatible(model: PreTrainedModel) -> None:
     if getattr(text_config, "cross_attention_layers", None):
         raise ValueError(f"cross_attention_layers: got some in {model_class}, allowed: images and text in one sequence")
     # A cache that drops keys, such as that of sliding windows, no longer has image tokens at their positions.
-    forgetful = {type(layer).__name__ for layer in DynamicCache(config=text_config).layers} - {"DynamicLayer"}
-    if forgetful:
-        raise ValueError(f"cache: got {', '.join(sorted(forgetful))}, allowed: DynamicLayer, which forgets no token")
+    unsupported_layers = {type(layer).__name__ for layer in DynamicCache(config=text_config).layers} - {"DynamicLayer"}
+    if unsupported_layers:
+        raise ValueError(
+            f"cache: got {', '.join(sorted(unsupported_layers))}, allowed: DynamicLayer, which forgets no token"
+        )
     if getattr(text_config, "attn_logit_softcapping", None):
         raise ValueError(
             f"attn_logit_softcapping: got {text_config.attn_logit_softcapping} in the language model of {model_class}, "

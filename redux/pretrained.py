@@ -56,7 +56,7 @@ ALLOWED_TOWER = f"folder or hub id of a checkpoint of model_type {', '.join(TOWE
 
 ALLOWED_PART = "folder or hub id of a causal language model of transformers"
 
-OTHER_WEIGHTS = ("text_model.", "text_projection.", "visual_projection.", "logit_scale", "logit_bias")
+TEXT_SIDE_WEIGHTS = ("text_model.", "text_projection.", "visual_projection.", "logit_scale", "logit_bias")
 """Prefixes of weights of a whole CLIP or SigLIP that do not belong to its image tower."""
 
 
@@ -121,7 +121,7 @@ def assemble(
 
 
 def load_assembled_tokenizer(language: str | PathLike, gguf_file: str | None = None) -> PreTrainedTokenizerBase:
-    """Load the tokenizer that `assemble` returns, without reading weights. Arguments and errors are those of it."""
+    """Load the tokenizer that `assemble` returns, without reading weights. Arguments and errors as for `assemble`."""
     with local_copy(language, label="language", skips_weights=not gguf_file, allowed=ALLOWED_PART) as folder:
         tokenizer = load_tokenizer(folder, "language", gguf_file=gguf_file)
         prepare_tokenizer(tokenizer, _load_language_config(folder, gguf_file), language)
@@ -141,7 +141,7 @@ def load_image_encoder(
     Raises:
         ValueError: the tower cannot be loaded completely.
     """
-    # The smallest language model there is, because it is never run.
+    # A tiny language model, which is never run.
     sizes = {"hidden_size": 8, "intermediate_size": 8, "num_attention_heads": 1, "num_key_value_heads": 1}
     language = LlamaConfig(**sizes, num_hidden_layers=1, vocab_size=8)
     config = ReduxConfig(**{**config.to_dict(), "text_config": language.to_dict()})
@@ -156,14 +156,14 @@ def load_image_encoder(
         llava, loading_info = LlavaForConditionalGeneration.from_pretrained(
             folder, config=config, dtype=torch.float32, ignore_mismatched_sizes=True, output_loading_info=True
         )
-    of_tower = {
+    tower_info = {
         "missing_keys": {name for name in loading_info["missing_keys"] if name.startswith(PART_PREFIXES["tower"])},
         "mismatched_keys": {
-            found for found in loading_info["mismatched_keys"] if found[0].startswith(PART_PREFIXES["tower"])
+            mismatch for mismatch in loading_info["mismatched_keys"] if mismatch[0].startswith(PART_PREFIXES["tower"])
         },
         "unexpected_keys": set(),
     }
-    check_loading(of_tower, checkpoint, "checkpoint")
+    check_loading(tower_info, checkpoint, "checkpoint")
     model.vision_tower = llava.model.vision_tower.eval()
     return model
 
@@ -208,7 +208,9 @@ def configure_assembly(
     return config
 
 
-def check_parts(tower: Any, language: str | PathLike, gguf_file: str | None = None) -> None:
+def check_parts(
+    tower: str | PathLike | TowerSizes | None, language: str | PathLike, gguf_file: str | None = None
+) -> None:
     """Check that two local folders have all weights and a tokenizer for `assemble`, without reading weights.
 
     Sources that are not local folders are skipped, and so are sizes of a tower. A GGUF file is skipped too, since it
@@ -392,7 +394,7 @@ def load_part(
             # With the package `kernels`, transformers would keep the weights packed, which cannot be trained.
             options["quantization_config"] = GgufConfig(dequantize=True)
         model = load_model(
-            model_class, path, label=name, ignored=OTHER_WEIGHTS, gguf_file=gguf_file, dtype=dtype, **options
+            model_class, path, label=name, ignored=TEXT_SIDE_WEIGHTS, gguf_file=gguf_file, dtype=dtype, **options
         )
     if gguf_file and hasattr(model.config, "quantization_config"):
         # The weights are unpacked; a model that is called packed can neither be saved nor trained.

@@ -104,7 +104,7 @@ class CompressionStage(NamedTuple):
     clusters: int
 
     @property
-    def out(self) -> int:
+    def num_tokens_out(self) -> int:
         """Patch tokens that leave the block: k + c."""
         return self.kept + self.clusters
 
@@ -175,6 +175,7 @@ class VMTC:
             iterations=("at least 1", lambda iterations: iterations >= 1),
         )
         count = self.stages if isinstance(self.stages, int) else len(self.stages)
+        # Lists by block need a number for each compressing block.
         per_stage = f"a number of at least 0 for each of {count} compressing blocks"
         check_fields(
             self,
@@ -186,6 +187,7 @@ class VMTC:
                 ),
             ),
         )
+        # The three are ways to give one budget.
         budgets = [name for name in ("ratio", "tokens", "kept") if getattr(self, name) is not None]
         if len(budgets) > 1:
             raise ValueError(
@@ -208,6 +210,7 @@ class VMTC:
             ValueError: a block is not in use, or would keep no token or more than its input.
         """
         numbers = self._block_numbers(blocks)
+        # A stage without a number of clusters gets one from cluster_share below.
         clusters_by_stage = self.clusters if isinstance(self.clusters, tuple) else (self.clusters,) * len(numbers)
         # Tokens after each block: k + c where k is given, else from the total.
         if self.kept is not None:
@@ -215,6 +218,7 @@ class VMTC:
         else:
             outs = self._tokens_after_stages(patches, len(numbers))
         stages: list[CompressionStage] = []
+        # Not strict: the tokens before each block have one value more, that after the last block.
         for number, tokens, out, clusters in zip(numbers, (patches, *outs), outs, clusters_by_stage, strict=False):
             if not 1 <= out <= tokens:
                 raise ValueError(
@@ -251,18 +255,21 @@ class VMTC:
         """Compute the patch tokens after each compressing block from the total budget."""
         if self.tokens is not None and self.tokens > patches:
             raise ValueError(f"tokens: got {self.tokens}, allowed: 1 to {patches}, the patch tokens of an image")
-        left = self.tokens / patches if self.tokens is not None else 1 - (0.5 if self.ratio is None else self.ratio)
-        if round(patches * left) < 1:
+        if self.tokens is not None:
+            fraction_left = self.tokens / patches
+        else:
+            fraction_left = 1 - (0.5 if self.ratio is None else self.ratio)
+        if round(patches * fraction_left) < 1:
             raise ValueError(f"ratio: got {self.ratio}, allowed: one that leaves at least 1 of {patches} patch tokens")
         parts = [number / stages for number in range(1, stages + 1)]
         # Each block is rounded from the start, not from the block before, so errors do not add up.
         if self.budget_schedule == "linear":
-            return tuple(round(patches * (1 - (1 - left) * part)) for part in parts)
-        return tuple(round(patches * left**part) for part in parts)
+            return tuple(round(patches * (1 - (1 - fraction_left) * part)) for part in parts)
+        return tuple(round(patches * fraction_left**part) for part in parts)
 
     def count_tokens_left(self, patches: int, blocks: int) -> int:
         """Compute the patch tokens after the last compressing block."""
-        return self.plan_stages(patches, blocks)[-1].out
+        return self.plan_stages(patches, blocks)[-1].num_tokens_out
 
 
 GAMMA_SCHEDULES: dict[str, Callable[[float], float]] = {

@@ -70,8 +70,8 @@ class AnswerTrace:
         """Return `allowed` of a word for each patch of an image; 0 for dropped patches."""
         first = sum(trace.num_tokens for trace in self.images[:image])
         trace = self.images[image]
-        of_image = self.allowed[word, first : first + trace.num_tokens]
-        return np.where(trace.token_of_patch >= 0, of_image[trace.token_of_patch], 0.0)
+        image_columns = self.allowed[word, first : first + trace.num_tokens]
+        return np.where(trace.token_of_patch >= 0, image_columns[trace.token_of_patch], 0.0)
 
 
 def trace_images(model: ChatModel, chat: EncodedChat) -> tuple[ImageTrace, ...]:

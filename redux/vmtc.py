@@ -159,9 +159,10 @@ def compress_tokens(
     token_of_patch = torch.full_like(ranked, -1)
     token_of_patch.scatter_(1, kept, torch.arange(stage.kept, device=tokens.device).expand_as(kept))
     if stage.clusters:
-        # Redundant tokens come by falling importance, which K-means takes its seeds by.
-        rest, weight = _gather_tokens(tokens, redundant), ips.gather(1, redundant)
-        features = rest if cluster_features is None else _gather_tokens(cluster_features, redundant)
+        # Redundant tokens come by falling importance, the order in which K-means takes its seeds.
+        redundant_tokens = _gather_tokens(tokens, redundant)
+        weight = ips.gather(1, redundant)
+        features = redundant_tokens if cluster_features is None else _gather_tokens(cluster_features, redundant)
         label = kmeans(features, stage.clusters, vmtc.iterations, vmtc.seeds)
         # members[b, t, c]: merge weight of redundant token t in cluster c.
         is_member = label.unsqueeze(-1) == torch.arange(stage.clusters, device=label.device)
@@ -169,7 +170,7 @@ def compress_tokens(
         if vmtc.weights != "raw":
             total = members.sum(dim=1 if vmtc.weights == "normalized" else (1, 2), keepdim=True)
             members = members / total.clamp_min(torch.finfo(weight.dtype).tiny)
-        parts.append((members.transpose(1, 2) @ rest.to(weight.dtype)).to(tokens.dtype))  # Eq. 7
+        parts.append((members.transpose(1, 2) @ redundant_tokens.to(weight.dtype)).to(tokens.dtype))  # Eq. 7
         token_of_patch.scatter_(1, redundant, label + stage.kept)
     merged = torch.cat(parts, dim=1)  # Eq. 8
     cluster = (torch.arange(merged.shape[1], device=tokens.device) >= stage.kept).expand(merged.shape[:2])

@@ -223,10 +223,11 @@ def _levenshtein_similarity(first: str, second: str) -> float:
     if 2 * shorter <= longer:
         return 0.0
     previous = list(range(len(second) + 1))
-    for row, character in enumerate(first, 1):
+    for row, first_character in enumerate(first, 1):
         current = [row]
-        for column, other in enumerate(second, 1):
-            current.append(min(previous[column] + 1, current[-1] + 1, previous[column - 1] + (character != other)))
+        for column, second_character in enumerate(second, 1):
+            substitution = previous[column - 1] + (first_character != second_character)
+            current.append(min(previous[column] + 1, current[-1] + 1, substitution))
         previous = current
     return 1 - previous[-1] / longer
 
@@ -317,11 +318,13 @@ def _to_text(location: str, key: str, value: Any) -> str:
 
 def _read_options(location: str, entry: Mapping[str, Any], prompt: str) -> dict[str, str]:
     """Read the options by letter, from the entry or from lines of the question such as "A. red"."""
-    given = entry.get("options")
-    if given is None:
+    options_field = entry.get("options")
+    if options_field is None:
         options = _find_option_lines(prompt)
-    elif isinstance(given, dict):
-        options = {letter.upper(): _to_text(location, f"options.{letter}", text) for letter, text in given.items()}
+    elif isinstance(options_field, dict):
+        options = {
+            letter.upper(): _to_text(location, f"options.{letter}", text) for letter, text in options_field.items()
+        }
     else:
         texts = get_field(location, entry, "options", list)
         options = dict(zip(CHOICE_LETTERS, (_to_text(location, "options", text) for text in texts), strict=False))

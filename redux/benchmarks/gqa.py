@@ -43,7 +43,7 @@ def read_questions(*sources: Source) -> list[Question]:
 
 
 def is_correct(response: str | None, answer: str) -> bool:
-    """Return True if a response is the answer, except for upper case and periods at its end."""
+    """Return True if a response equals the answer, ignoring case and final periods."""
     return response is not None and response.rstrip(".").lower() == answer
 
 

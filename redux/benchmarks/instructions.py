@@ -36,8 +36,6 @@ from pathlib import Path
 from statistics import fmean
 from typing import Any
 
-import regex
-
 from redux.attention_mass import AttentionMass
 from redux.benchmarks import Metric, Outcome, Question, Row, source
 from redux.benchmarks.benchmark import group_metrics
@@ -46,6 +44,7 @@ from redux.instructions import (
     INSTRUCTION_PAIRS,
     INSTRUCTIONS,
     KEYWORDS,
+    count_words,
     draw_arguments,
     follows_loosely,
     follows_strictly,
@@ -192,15 +191,6 @@ def _task_group(task: int) -> str:
 # --- scores ----------------------------------------------------------------------------------------------------------
 
 
-def judge_row(row: Row) -> dict[str, bool]:
-    """Score one row: "strict" and "loose" if all its instructions are followed, and "right" if an answer is known."""
-    verdicts = _judge_instructions(row)
-    scores = {name: all(verdict[name] for _, verdict in verdicts) for name in ("strict", "loose")}
-    if row.get("answer") is not None:
-        scores["right"] = contains_answer(row["answer"], row["response"])
-    return scores
-
-
 def _judge_instructions(row: Row) -> list[tuple[str, dict[str, bool]]]:
     """Judge each instruction of a row: its id, and if the response follows it strictly and loosely."""
     result = []
@@ -257,11 +247,6 @@ def _score_row(row: Row) -> dict[str, float]:
     scores |= {f"strict.{ALL_INSTRUCTIONS[id].name}": verdict["strict"] for id, verdict in verdicts}
     scores["words"] = count_words(row["response"])
     return scores
-
-
-def count_words(response: str) -> int:
-    """Count the words of a response, as the instruction on their number does."""
-    return len(regex.findall(r"\w+", response))
 
 
 def _attention_metrics(rows: Sequence[Row]) -> dict[str, Metric]:

@@ -106,24 +106,27 @@ def compute_metrics(rows: Sequence[Row]) -> dict[str, Metric]:
     images: dict[str, dict[str, list[bool]]] = defaultdict(lambda: defaultdict(list))
     for row in rows:
         images[row["subtask"]][row["unit"]].append(read_verdict(row["response"]) == row["answer"])
-    single: dict[str, list[Outcome]] = {}
-    both: dict[str, list[Outcome]] = {}
+    single_outcomes: dict[str, list[Outcome]] = {}
+    pair_outcomes: dict[str, list[Outcome]] = {}
     for subtask, answers_by_image in images.items():
-        single[subtask] = [
-            Outcome(f"{subtask}.acc", unit, float(r)) for unit, right in answers_by_image.items() for r in right
+        single_outcomes[subtask] = [
+            Outcome(f"{subtask}.acc", unit, float(is_right))
+            for unit, answers in answers_by_image.items()
+            for is_right in answers
         ]
-        both[subtask] = [
-            Outcome(f"{subtask}.acc_plus", unit, float(all(right))) for unit, right in answers_by_image.items()
+        pair_outcomes[subtask] = [
+            Outcome(f"{subtask}.acc_plus", unit, float(all(answers))) for unit, answers in answers_by_image.items()
         ]
     result = {}
     for name, subtasks in (("perception", PERCEPTION), ("cognition", COGNITION)):
         if present := [subtask for subtask in subtasks if subtask in images]:
-            result[name] = Metric([o for subtask in present for o in single[subtask] + both[subtask]], weight=100.0)
+            outcomes = [outcome for subtask in present for outcome in single_outcomes[subtask] + pair_outcomes[subtask]]
+            result[name] = Metric(outcomes, weight=100.0)
     for subtask in PERCEPTION + COGNITION:
         if subtask in images:
-            result[subtask] = Metric(single[subtask] + both[subtask], weight=100.0)
-            result[f"{subtask}.acc"] = Metric(single[subtask])
-            result[f"{subtask}.acc_plus"] = Metric(both[subtask])
+            result[subtask] = Metric(single_outcomes[subtask] + pair_outcomes[subtask], weight=100.0)
+            result[f"{subtask}.acc"] = Metric(single_outcomes[subtask])
+            result[f"{subtask}.acc_plus"] = Metric(pair_outcomes[subtask])
     return result
 
 

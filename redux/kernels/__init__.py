@@ -26,7 +26,7 @@ _HAS_TRITON = find_spec("triton") is not None
 
 _logger = logging.getLogger(__name__)
 _choice: KernelChoice = "auto"
-_reported: set[tuple[str, str]] = set()
+_logged_choices: set[tuple[str, str]] = set()
 
 
 def set_kernels(choice: KernelChoice) -> None:
@@ -69,8 +69,8 @@ def use_fused(part: str, device: torch.device, unsupported: str = "") -> bool:
         return not reason
     if reason and _choice == "fused":
         raise ValueError(f"kernels: got fused, allowed for {part}: auto or plain, because {reason}")
-    if (part, reason) not in _reported:
-        _reported.add((part, reason))
+    if (part, reason) not in _logged_choices:
+        _logged_choices.add((part, reason))
         if reason:
             _logger.warning("%s: plain code, because %s", part, reason)
         else:

@@ -41,7 +41,7 @@ def merge_tokens(
         vmtc: settings.
     """
     batch, patches, _ = tokens.shape
-    out = stage.out
+    out = stage.num_tokens_out
     first = ranked.new_empty(batch, out, dtype=torch.int32)
     key = ranked.new_empty(batch, patches, dtype=torch.int32)
     by_rank = torch.empty_like(key)
@@ -93,25 +93,27 @@ class _Merge(torch.autograd.Function):
         tokens, token_of_patch, members, begin, length, weight, scale = ctx.saved_tensors
         gradient = gradient.contiguous()
         batch, patches, dim = tokens.shape
-        of_tokens = tokens.new_empty(batch, patches, dim)
-        of_ips = torch.empty_like(weight)
+        tokens_gradient = tokens.new_empty(batch, patches, dim)
+        ips_gradient = torch.empty_like(weight)
         block = min(1024, next_power_of_two(dim))
         with torch.cuda.device_of(tokens):
             _merge_gradient_kernel[(batch, patches)](
-                tokens, gradient, token_of_patch, weight, scale, of_tokens, of_ips, tokens.stride(0), tokens.stride(1),
-                patches, begin.shape[1],
+                tokens, gradient, token_of_patch, weight, scale, tokens_gradient, ips_gradient, tokens.stride(0),
+                tokens.stride(1), patches, begin.shape[1],
                 DIM=dim, BLOCK=block, num_warps=4,
             )  # fmt: skip
-            # of_ips treats divisors as constants so far.
+            # ips_gradient treats divisors as constants so far.
             if ctx.weights == "normalized":
                 _divisor_gradient_kernel[begin.shape](
-                    members, begin, length, weight, scale, of_ips, patches, begin.shape[1], BLOCK=32, num_warps=1
+                    members, begin, length, weight, scale, ips_gradient, patches, begin.shape[1], BLOCK=32, num_warps=1
                 )
         if ctx.weights == "total":
             # All merged patches share the divisor.
-            shared = (of_ips * weight).sum(dim=1, keepdim=True)
-            of_ips = of_ips - torch.where((scale > 0) & (scale < 1 / torch.finfo(scale.dtype).tiny), shared, 0)
-        return of_tokens, of_ips.to(ctx.ips_dtype), None, None
+            shared = (ips_gradient * weight).sum(dim=1, keepdim=True)
+            ips_gradient = ips_gradient - torch.where(
+                (scale > 0) & (scale < 1 / torch.finfo(scale.dtype).tiny), shared, 0
+            )
+        return tokens_gradient, ips_gradient.to(ctx.ips_dtype), None, None
 
 
 def follow_patches(
@@ -263,8 +265,8 @@ def _merge_kernel(
 @triton.jit(do_not_specialize=["patches", "out"])
 @no_type_check
 def _merge_gradient_kernel(
-    tokens, gradient, token_of_patch, weight, scale, of_tokens, of_score, stride_batch, stride_token, patches, out,
-    DIM: tl.constexpr, BLOCK: tl.constexpr,
+    tokens, gradient, token_of_patch, weight, scale, tokens_gradient, ips_gradient, stride_batch, stride_token,
+    patches, out, DIM: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
     """Compute the gradients of one patch and of its importance, the latter as if divisors were constants.
 
@@ -273,7 +275,7 @@ def _merge_gradient_kernel(
     Args:
         tokens, gradient: (batch, patches, dim) and gradient of the output, (batch, out, dim).
         token_of_patch, weight, scale: as `_arrange_kernel` writes them.
-        of_tokens, of_score: written, (batch, patches, dim) and (batch, patches).
+        tokens_gradient, ips_gradient: written, (batch, patches, dim) and (batch, patches).
     """
     image = tl.program_id(0).to(tl.int64)
     patch = tl.program_id(1)
@@ -288,25 +290,27 @@ def _merge_gradient_kernel(
         inside = column < DIM
         there = (image * out + number) * DIM + column
         slope = tl.load(gradient + there, mask=inside & held, other=0.0).to(tl.float32)
-        tl.store(of_tokens + here * DIM + column, (slope * factor).to(of_tokens.dtype.element_ty), mask=inside)
+        tl.store(
+            tokens_gradient + here * DIM + column, (slope * factor).to(tokens_gradient.dtype.element_ty), mask=inside
+        )
         value = tl.load(
             tokens + image * stride_batch + patch.to(tl.int64) * stride_token + column, mask=inside, other=0.0
         ).to(tl.float32)
         along += slope * value
     # A kept or dropped patch has a scale of 0, and its importance no gradient.
-    tl.store(of_score + here, tl.where(factor_of_score > 0, tl.sum(along, axis=0) * factor_of_score, 0.0))
+    tl.store(ips_gradient + here, tl.where(factor_of_score > 0, tl.sum(along, axis=0) * factor_of_score, 0.0))
 
 
 @triton.jit(do_not_specialize=["patches", "out"])
 @no_type_check
-def _divisor_gradient_kernel(members, begin, length, weight, scale, of_score, patches, out, BLOCK: tl.constexpr):
+def _divisor_gradient_kernel(members, begin, length, weight, scale, ips_gradient, patches, out, BLOCK: tl.constexpr):
     """Add the gradient through the divisor that the patches of one output token share.
 
     Grid: (batch, out).
 
     Args:
         members, begin, length, weight, scale: as `_arrange_kernel` writes them.
-        of_score: (batch, patches) gradient of the importance, changed in place.
+        ips_gradient: (batch, patches) gradient of the importance, changed in place.
     """
     image = tl.program_id(0).to(tl.int64)
     number = tl.program_id(1)
@@ -321,15 +325,15 @@ def _divisor_gradient_kernel(members, begin, length, weight, scale, of_score, pa
             step = position + tl.arange(0, BLOCK)
             patch = image * patches + tl.load(members + image * patches + step, mask=step < end, other=0)
             factor = tl.load(weight + patch, mask=step < end, other=0.0)
-            shared += factor * tl.load(of_score + patch, mask=step < end, other=0.0)
+            shared += factor * tl.load(ips_gradient + patch, mask=step < end, other=0.0)
             position += BLOCK
         total = tl.sum(shared, axis=0)
         position = first
         while position < end:
             step = position + tl.arange(0, BLOCK)
             patch = image * patches + tl.load(members + image * patches + step, mask=step < end, other=0)
-            value = tl.load(of_score + patch, mask=step < end, other=0.0)
-            tl.store(of_score + patch, value - total, mask=step < end)
+            value = tl.load(ips_gradient + patch, mask=step < end, other=0.0)
+            tl.store(ips_gradient + patch, value - total, mask=step < end)
             position += BLOCK
 
 

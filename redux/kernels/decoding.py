@@ -65,6 +65,7 @@ def _score_keys(
             mask=inside[:, None] & (dims[None, :] < HEAD_DIM),
             other=0.0,
         ).to(tl.float32)
+        # The query heads that share these keys, which are loaded once for all of them.
         for group in tl.static_range(HEADS // KV_HEADS):
             head = kv_head * (HEADS // KV_HEADS) + group
             vector = tl.load(
@@ -142,8 +143,8 @@ def _score_focus(
     # Eq. 10 and 11, over the tokens before this one.
     focus = t2i
     if FOCUS != "tia":
-        own = cached + batch * cached_batch + (last - start).to(tl.int64) * cached_row + slot
-        tl.store(own, t2i, mask=slot < slots)
+        row_pointer = cached + batch * cached_batch + (last - start).to(tl.int64) * cached_row + slot
+        tl.store(row_pointer, t2i, mask=slot < slots)
         for first in range(start, last, BLOCK_KEYS):
             row = first + tl.arange(0, BLOCK_KEYS)
             inside = row < last
@@ -234,6 +235,7 @@ def _attend_kept(
         threshold = tl.where((not_above >= rank + 2) | (count <= rank + 1), threshold, _order_bits(between))
     # Of equal scores, "count" drops the first.
     equal_to_drop = rank - tl.sum((candidate & (bits < threshold)).to(tl.int32), axis=0)
+    # The row's maximum, from its blocks, and the softmax over the keys that stay.
     part = tl.arange(0, BLOCK_PARTS)
     parts = scores + scores_size + ((batch * HEADS + head) * blocks + part) * 2
     largest = tl.max(tl.load(parts, mask=(part < blocks) & (part * BLOCK_KEYS <= last), other=-float("inf")), axis=0)
@@ -247,6 +249,7 @@ def _attend_kept(
         row = first + tl.arange(0, BLOCK_KEYS)
         inside = row <= last
         score = tl.load(row_scores + row, mask=inside, other=-float("inf"))
+        # Only image tokens that the token sees may be dropped, and only by a text token.
         image = tl.load(is_image + batch * is_image_batch + row, mask=inside, other=0) != 0
         image = image & text & (score > -float("inf"))
         order = _order_bits(tl.load(focus_row + row, mask=image, other=0.0))

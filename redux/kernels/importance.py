@@ -47,11 +47,11 @@ class _ClassAttention(torch.autograd.Function):
     def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, Tensor, None, None]:
         query, keys, weights = ctx.saved_tensors
         # The derivative of a softmax; scores are float32, and products run in the dtype of the keys.
-        of_weights = weights * gradient
-        of_scores = (of_weights - weights * of_weights.sum(dim=-1, keepdim=True)) * ctx.scale
-        of_scores = of_scores.to(keys.dtype)
-        of_query = (of_scores.unsqueeze(2) @ keys).squeeze(2)
-        return of_query, of_scores.unsqueeze(3) * query.unsqueeze(2), None, None
+        weighted_gradient = weights * gradient
+        scores_gradient = (weighted_gradient - weights * weighted_gradient.sum(dim=-1, keepdim=True)) * ctx.scale
+        scores_gradient = scores_gradient.to(keys.dtype)
+        query_gradient = (scores_gradient.unsqueeze(2) @ keys).squeeze(2)
+        return query_gradient, scores_gradient.unsqueeze(3) * query.unsqueeze(2), None, None
 
 
 @triton.jit(do_not_specialize=["tokens", "scale"])

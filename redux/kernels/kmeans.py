@@ -58,8 +58,8 @@ def cluster_tokens(
     block_r = 128 if block_c <= 64 and count > 64 else 64
     scores = gram.new_empty(batch, count, block_c)
     similarity = gram.new_empty(batch, count)
-    # Without random seeds the kernel ignores `given`, and any tensor will do.
-    given = _random_positions(count, clusters, tokens.device) if seeds == "random" else label
+    # Without random seeds the kernel ignores `positions`, and any tensor will do.
+    positions = _random_positions(count, clusters, tokens.device) if seeds == "random" else label
     block = 64 if tokens.dtype != torch.float32 or count <= 64 else 32
     tiles = divide_up(count, block)
     with torch.cuda.device_of(tokens):
@@ -71,7 +71,7 @@ def cluster_tokens(
             DIM=dim, INDEXED=index is not None, BLOCK=block, BLOCK_D=64, num_warps=4, num_stages=1,
         )  # fmt: skip
         _kmeans_kernel[(batch,)](
-            gram, scores, similarity, label, given, count, clusters, iterations, row,
+            gram, scores, similarity, label, positions, count, clusters, iterations, row,
             SEEDS={"farthest": _FARTHEST, "strided": _STRIDED, "random": _GIVEN}[seeds],
             TILES_R=divide_up(count, block_r), TILES_K=divide_up(count, 64), BLOCK_R=block_r, BLOCK_K=64,
             BLOCK_C=block_c, BLOCK_N=next_power_of_two(count), num_warps=8, num_stages=3,
@@ -118,6 +118,7 @@ def _gram_kernel(
     columns = tl.arange(0, BLOCK_D)
     left_row = tokens + left_position.to(tl.int64)[:, None] * stride_token + columns[None, :]
     right_row = tokens + right_position.to(tl.int64)[:, None] * stride_token + columns[None, :]
+    # One pass over the dimensions gives the products and the lengths by which they are divided.
     product = tl.zeros((BLOCK, BLOCK), tl.float32)
     left_square = tl.zeros((BLOCK,), tl.float32)
     right_square = tl.zeros((BLOCK,), tl.float32)
@@ -138,13 +139,15 @@ def _gram_kernel(
 
 @triton.jit
 @no_type_check
-def _choose_seeds(gram, given, count, clusters, row, SEEDS: tl.constexpr, BLOCK_C: tl.constexpr, BLOCK_N: tl.constexpr):
+def _choose_seeds(
+    gram, positions, count, clusters, row, SEEDS: tl.constexpr, BLOCK_C: tl.constexpr, BLOCK_N: tl.constexpr
+):
     """Choose the positions of the first centroids, as `redux.kmeans` does; 0 beyond the last cluster."""
     cluster = tl.arange(0, BLOCK_C)
     if SEEDS == _STRIDED:
         return tl.where(cluster < clusters, cluster * count // clusters, 0)
     if SEEDS == _GIVEN:
-        return tl.load(given + cluster, mask=cluster < clusters, other=0).to(tl.int32)
+        return tl.load(positions + cluster, mask=cluster < clusters, other=0).to(tl.int32)
     token = tl.arange(0, BLOCK_N)
     chosen = tl.zeros((BLOCK_C,), tl.int32)
     nearest = tl.where(token < count, float("-inf"), float("inf"))
@@ -192,16 +195,16 @@ def _score_members(
             value = tl.load(
                 gram + token[:, None] * row + other[None, :], mask=inside & (other < count)[None, :], other=0.0
             )
-            of_other = tl.load(label + other, mask=other < count, other=-1).to(tl.int32)
-            member = (of_other[:, None] == cluster[None, :]).to(tl.float16)
+            other_label = tl.load(label + other, mask=other < count, other=-1).to(tl.int32)
+            member = (other_label[:, None] == cluster[None, :]).to(tl.float16)
             # Tensor cores multiply float16; two parts keep a similarity to 2^-23.
             high = value.to(tl.float16)
             low = (value - high.to(tl.float32)).to(tl.float16)
             total = tl.dot(high, member, total)
             total = tl.dot(low, member, total)
         tl.store(scores + token[:, None] * BLOCK_C + cluster[None, :], total, mask=inside)
-        of_token = tl.load(label + token, mask=token < count, other=-1).to(tl.int32)
-        square += tl.sum(tl.where(of_token[:, None] == cluster[None, :], total, 0.0), axis=0)
+        token_label = tl.load(label + token, mask=token < count, other=-1).to(tl.int32)
+        square += tl.sum(tl.where(token_label[:, None] == cluster[None, :], total, 0.0), axis=0)
     return 1 / tl.maximum(tl.sqrt(tl.maximum(square, 0.0)), _EPSILON)
 
 
@@ -218,10 +221,12 @@ def _refill_clusters(
     for tile in range(TILES_R):
         token = tile * BLOCK_R + tl.arange(0, BLOCK_R)
         value = tl.load(similarity + token, mask=token < count, other=0.0)
-        of_token = tl.load(label + token, mask=token < count, other=-1).to(tl.int32)
-        own = tl.where(of_token[:, None] == cluster[None, :], value[:, None], float("-inf"))
-        best = tl.where(tl.max(own, axis=0) > highest, tile * BLOCK_R + tl.argmax(own, axis=0), best)
-        highest = tl.maximum(highest, tl.max(own, axis=0))
+        token_label = tl.load(label + token, mask=token < count, other=-1).to(tl.int32)
+        cluster_values = tl.where(token_label[:, None] == cluster[None, :], value[:, None], float("-inf"))
+        best = tl.where(
+            tl.max(cluster_values, axis=0) > highest, tile * BLOCK_R + tl.argmax(cluster_values, axis=0), best
+        )
+        highest = tl.maximum(highest, tl.max(cluster_values, axis=0))
     tl.debug_barrier()
     # Infinity: not movable.
     tl.store(similarity + best, tl.full((BLOCK_C,), float("inf"), tl.float32), mask=members > 0)
@@ -242,7 +247,7 @@ def _refill_clusters(
 @triton.jit(do_not_specialize=["count", "clusters", "iterations"])
 @no_type_check
 def _kmeans_kernel(
-    gram, scores, similarity, label, given, count, clusters, iterations, row,
+    gram, scores, similarity, label, positions, count, clusters, iterations, row,
     SEEDS: tl.constexpr, TILES_R: tl.constexpr, TILES_K: tl.constexpr, BLOCK_R: tl.constexpr, BLOCK_K: tl.constexpr,
     BLOCK_C: tl.constexpr, BLOCK_N: tl.constexpr,
 ):  # fmt: skip
@@ -254,7 +259,7 @@ def _kmeans_kernel(
         gram: (batch, count, row) Gram matrices.
         scores, similarity: scratch, (batch, count, BLOCK_C) and (batch, count).
         label: written, (batch, count).
-        given: (clusters,) positions of the seeds, for SEEDS == _GIVEN.
+        positions: (clusters,) positions of the seeds, for SEEDS == _GIVEN.
     """
     image = tl.program_id(0).to(tl.int64)
     gram += image * count * row
@@ -262,7 +267,7 @@ def _kmeans_kernel(
     similarity += image * count
     label += image * count
     cluster = tl.arange(0, BLOCK_C)
-    seed = _choose_seeds(gram, given, count, clusters, row, SEEDS, BLOCK_C, BLOCK_N)
+    seed = _choose_seeds(gram, positions, count, clusters, row, SEEDS, BLOCK_C, BLOCK_N)
     inverse = _score_seeds(gram, scores, seed, count, row, TILES_R, BLOCK_R, BLOCK_C)
     step = 0
     changed = count  # Tokens whose label may still change

@@ -91,7 +91,7 @@ class ReduxDummyInputs(BaseDummyInputsBuilder):
 
 
 class ReduxMultiModalProcessor(BaseMultiModalProcessor):
-    """Prepares the images of a request and makes room for their tokens in its prompt."""
+    """Processor that prepares the images of a request and makes room for their tokens in its prompt."""
 
     def _call_hf_processor(self, hf_data: Mapping[str, Any], hf_kwargs: Mapping[str, Any]) -> BatchFeature:
         size, aspect_ratio = self.info.config.vision_config.image_size, self.info.image_aspect_ratio

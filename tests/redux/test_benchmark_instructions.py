@@ -19,7 +19,7 @@ from redux.benchmarks.instructions import (
     build_questions,
     compute_metrics,
     contains_answer,
-    judge_row,
+    pair_arguments,
     read_questions,
     score_lines,
     select_tasks,
@@ -27,7 +27,7 @@ from redux.benchmarks.instructions import (
     write_questions,
 )
 from redux.held_out_instructions import HELD_OUT_INSTRUCTIONS
-from redux.instructions import INSTRUCTION_PAIRS, INSTRUCTIONS, render_instruction
+from redux.instructions import INSTRUCTION_PAIRS, INSTRUCTIONS, follows_loosely, follows_strictly, render_instruction
 
 ASKED = [
     ImageQuestion(
@@ -101,6 +101,18 @@ def test_what_cannot_be_drawn_is_named(asked: list[ImageQuestion], per_task: int
 
 
 # --- scores ----------------------------------------------------------------------------------------------------------
+
+
+def judge_row(row: dict[str, Any]) -> dict[str, bool]:
+    """Score one row: "strict" and "loose" if all its instructions are followed, and "right" if an answer is known."""
+    checks = {"strict": follows_strictly, "loose": follows_loosely}
+    scores = {
+        name: all(check(id, arguments, row["response"]) for id, arguments in pair_arguments(row))
+        for name, check in checks.items()
+    }
+    if row["answer"] is not None:
+        scores["right"] = contains_answer(row["answer"], row["response"])
+    return scores
 
 
 def test_scores_are_means_of_tasks() -> None:

@@ -104,7 +104,7 @@ def test_a_graph_of_the_tower_gives_its_results(
     )
     for seed in range(3):
         check(2, seed)
-    graphs = graph_encoding._kept[tower].graphs
+    graphs = graph_encoding._graphs_by_tower[tower].graphs
     # Random patches come from the host, which a graph cannot read.
     assert (name == "random") == ("without a CUDA graph" in caplog.text) == (not graphs)
     for count in range(1, MAX_SHAPES + 3):

@@ -65,7 +65,7 @@ def test_half_of_576_patches_in_three_stages() -> None:
 
 @pytest.mark.parametrize(("tokens", "outs"), [(288, [457, 363, 288]), (64, [277, 133, 64]), (36, [229, 91, 36])])
 def test_the_papers_budgets_of_tokens(tokens: int, outs: list[int]) -> None:
-    assert [stage.out for stage in VMTC(tokens=tokens).plan_stages(576, 23)] == outs
+    assert [stage.num_tokens_out for stage in VMTC(tokens=tokens).plan_stages(576, 23)] == outs
 
 
 @pytest.mark.parametrize("ratio", [0.0, 0.1, 0.3, 0.5, 0.7, 0.9])
@@ -73,13 +73,17 @@ def test_the_papers_budgets_of_tokens(tokens: int, outs: list[int]) -> None:
 @pytest.mark.parametrize("stages", [1, 2, 6, (0, 22), (-3, -1)], ids=str)
 def test_a_ratio_is_met_however_it_is_spread(ratio: float, budget_schedule: Any, stages: Any) -> None:
     schedule = VMTC(ratio=ratio, budget_schedule=budget_schedule, stages=stages).plan_stages(576, 23)
-    assert schedule[-1].out == round(576 * (1 - ratio))
-    assert all(one.out >= other.out and one.block < other.block for one, other in pairwise(schedule))
+    assert schedule[-1].num_tokens_out == round(576 * (1 - ratio))
+    assert all(
+        one.num_tokens_out >= other.num_tokens_out and one.block < other.block for one, other in pairwise(schedule)
+    )
 
 
 def test_a_geometric_fall_keeps_the_same_share_and_a_linear_one_removes_the_same_number() -> None:
-    assert [stage.out for stage in VMTC(tokens=10, stages=2).plan_stages(1000, 23)] == [100, 10]
-    assert [stage.out for stage in VMTC(tokens=10, stages=3, budget_schedule="linear").plan_stages(1000, 23)] == [
+    assert [stage.num_tokens_out for stage in VMTC(tokens=10, stages=2).plan_stages(1000, 23)] == [100, 10]
+    assert [
+        stage.num_tokens_out for stage in VMTC(tokens=10, stages=3, budget_schedule="linear").plan_stages(1000, 23)
+    ] == [
         670,
         340,
         10,
@@ -104,7 +108,7 @@ def test_kept_and_clusters_of_each_stage() -> None:
 def test_a_number_of_clusters_is_taken_from_the_budget(clusters: Any) -> None:
     schedule = VMTC(tokens=64, clusters=clusters).plan_stages(576, 23)
     assert tuple(stage.clusters for stage in schedule) == (clusters if isinstance(clusters, tuple) else (clusters,) * 3)
-    assert [stage.out for stage in schedule] == [277, 133, 64]
+    assert [stage.num_tokens_out for stage in schedule] == [277, 133, 64]
 
 
 def test_half_of_64_patches_in_three_stages_of_a_small_tower() -> None:

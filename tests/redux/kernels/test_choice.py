@@ -16,7 +16,7 @@ CPU, GPU = torch.device("cpu"), torch.device("cuda")
 @pytest.fixture(autouse=True)
 def restored_state(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     """Start with the choice "auto", no message logged, Triton and its interpreter; restore the choice afterwards."""
-    monkeypatch.setattr(kernels, "_reported", set())
+    monkeypatch.setattr(kernels, "_logged_choices", set())
     monkeypatch.setattr(kernels, "find_spec", lambda name: object())
     monkeypatch.setenv("TRITON_INTERPRET", "1")
     before = kernels.get_kernels()
