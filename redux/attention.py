@@ -65,16 +65,16 @@ class AttentionRecorder:
         scale: float,
     ) -> None:
         """Add a layer; the mask is final, with the inhibition."""
-        first = query.shape[2] - self.rows
+        first_row = query.shape[2] - self.rows
         total = torch.zeros(key.shape[2], device=query.device)
         for head in range(query.shape[1]):
             # A mask for each head, or one for all.
-            head_mask = attention_mask[:, head % attention_mask.shape[1], first:]
+            head_mask = attention_mask[:, head % attention_mask.shape[1], first_row:]
             visible, bias = (
                 (head_mask, None) if head_mask.dtype == torch.bool else (head_mask > MASKED_SCORE, head_mask)
             )
             head_keys = key[:, head * key.shape[1] // query.shape[1]].unsqueeze(1)
-            weights = mean_attention_weights(query[:, head : head + 1, first:], head_keys, visible, scale, bias)
+            weights = mean_attention_weights(query[:, head : head + 1, first_row:], head_keys, visible, scale, bias)
             total += weights[0].mean(dim=0)
         self.weights[layer] = total / query.shape[1]
 
@@ -241,6 +241,7 @@ def _unsupported(
         return "attention has dropout"
     if others := [name for name in UNSUPPORTED_ARGUMENTS if kwargs.get(name) is not None]:
         return f"of {', '.join(others)}"
+    # The limits of the kernels: dtype, dimensions of a head, and options of CMAI.
     if query.dtype not in FUSED_DTYPES or not query.dtype == key.dtype == value.dtype:
         return f"{query.dtype}, {key.dtype} and {value.dtype} are not one of float16, bfloat16 and float32"
     if query.is_cuda and torch.is_autocast_enabled("cuda") and torch.get_autocast_dtype("cuda") != query.dtype:

@@ -133,8 +133,8 @@ def _render_around(tokenizer: PreTrainedTokenizerBase, words: Sequence[str], sys
     """Render a conversation and return the texts around its words."""
     text, around = _render(tokenizer, words, system), []
     for word in [*([system] if system else []), *words]:
-        before, found, text = text.partition(word)
-        if not found or word in text:
+        before, separator, text = text.partition(word)
+        if not separator or word in text:
             raise _refuse("a chat template that leaves out or repeats a turn")
         around.append(before)
     return [*around, text]
@@ -149,12 +149,12 @@ def _strips(tokenizer: PreTrainedTokenizerBase) -> bool:
 def _find_end(tokenizer: PreTrainedTokenizerBase, tail: str) -> str:
     """Return the text after an answer up to its first special token, which ends the answer."""
     tokens = {str(token) for token in (*tokenizer.all_special_tokens, *tokenizer.added_tokens_decoder.values())}
-    first = len(tail) - len(tail.lstrip())
+    start = len(tail) - len(tail.lstrip())
     # Of tokens that begin alike, the longest.
-    length = max((len(token) for token in tokens if token.strip() and tail.startswith(token, first)), default=0)
+    length = max((len(token) for token in tokens if token.strip() and tail.startswith(token, start)), default=0)
     if not length:
         raise _refuse(f"a chat template with {_show(tail)} after an answer, which does not begin with a special token")
-    return tail[: first + length]
+    return tail[: start + length]
 
 
 def _find_system_message(tokenizer: PreTrainedTokenizerBase, human: str) -> tuple[str, str] | None:

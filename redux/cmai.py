@@ -109,12 +109,14 @@ class Inhibition(HeadwiseMask):
         """
         decoding = cache is not None and cache.has_tokens()
         is_active = cmai.active != ("inference" if training else "training") and (cmai.generated or not decoding)
+        # A decoded token, whose image tokens are known.
         if cache is not None and cache.needs_count(is_image.shape[1]):
             assert cache.is_image is not None
             cache.set_columns(*_locate_image_tokens(cache.is_image))
         if cache is not None and cache.is_ready(is_image.shape[1]):
             step = DecodingStep.begin(cmai, cmai.compute_gammas(num_layers), cache, is_image)
             return step if is_active else None
+        # Many tokens: the cache counts them even if CMAI is not active.
         if cache is not None:
             is_image = cache.add_tokens(is_image)
         if not is_active:

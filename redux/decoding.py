@@ -85,7 +85,7 @@ class DecodingStep(HeadwiseMask):
     ) -> Bool[Tensor, "batch 1 1 keys"]:
         """Compute one mask for all heads, from the mean of their attention."""
         batch, keys = len(query), key.shape[2]
-        seen = visible[:, 0, 0].expand(batch, keys)
+        visible_keys = visible[:, 0, 0].expand(batch, keys)
         attention = self._mean_attention(query, key, visible, scale, bias, mesh)
         can_be_inhibited = self.valid & self.is_text
         t2i = attention.gather(1, self.columns) * can_be_inhibited
@@ -94,15 +94,15 @@ class DecodingStep(HeadwiseMask):
             # Eq. 10 and 11: tokens before this one count with their rows of A_t2i.
             rows = self.cache.prepare_rows(layer, keys, t2i)
             earlier = torch.arange(keys, device=key.device) < self.position
-            t2n = (self._text_to_text(attention, seen) * earlier)[:, keys - rows.shape[1] :]
+            t2n = (self._text_to_text(attention, visible_keys) * earlier)[:, keys - rows.shape[1] :]
             focus = torch.baddbmm(t2i.unsqueeze(1), t2n.unsqueeze(1), rows).squeeze(1)
             self.cache.write_row(layer, keys, (self.position - self.cache.start).reshape(1), t2i.unsqueeze(1))
-        candidates = seen.gather(1, self.columns) & self.valid
+        candidates = visible_keys.gather(1, self.columns) & self.valid
         kept = select_above_quantile(
             focus.unsqueeze(1), candidates.unsqueeze(1), self.gammas[layer], self.cmai.quantile
         ).squeeze(1)
         # Free columns point at the token's own key, which always stays.
-        mask = torch.ones_like(seen).scatter(1, self.columns, kept | ~can_be_inhibited)
+        mask = torch.ones_like(visible_keys).scatter(1, self.columns, kept | ~can_be_inhibited)
         return mask[:, None, None]
 
     def _mean_attention(

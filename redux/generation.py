@@ -45,12 +45,12 @@ def drop_warm_up(batches: Sequence[Answers]) -> list[Answers]:
     If no batch is left, all are kept: their times are all there is.
     """
     sizes = set[int]()
-    kept = []
+    warm_batches = []
     for answers in batches:
         if len(answers.texts) in sizes:
-            kept.append(answers)
+            warm_batches.append(answers)
         sizes.add(len(answers.texts))
-    return kept or list(batches)
+    return warm_batches or list(batches)
 
 
 def check_batch(prompts: Sequence[str], images: Sequence[bytes | None]) -> None:

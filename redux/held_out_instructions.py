@@ -46,9 +46,11 @@ def _is_numbered_list(response: str, num_items: int) -> bool:
 
 
 def _has_word_order(response: str, words: Sequence[str]) -> bool:
-    found = _split_words(response)
+    response_words = _split_words(response)
     first, second = (word.casefold() for word in words)
-    return first in found and second in found and found.index(first) < found.index(second)
+    if first not in response_words or second not in response_words:
+        return False
+    return response_words.index(first) < response_words.index(second)
 
 
 def _is_alphabetical(response: str, num_words: int) -> bool:

@@ -68,8 +68,8 @@ def local_copy(
             remote_folder = remote_path.rstrip("/")
             # A configuration alone is read before a job starts; the weights may have many gigabytes.
             if skips_weights:
-                found = [posixpath.basename(file) for file in filesystem.ls(remote_folder, detail=False)]
-                names = [name for name in found if name and not name.endswith(WEIGHT_SUFFIXES)]
+                entries = [posixpath.basename(file) for file in filesystem.ls(remote_folder, detail=False)]
+                names = [name for name in entries if name and not name.endswith(WEIGHT_SUFFIXES)]
             if names:
                 filesystem.get(
                     [f"{remote_folder}/{name}" for name in names], [path.join(folder, name) for name in names]

@@ -159,8 +159,8 @@ def _find_other_build(language: Any) -> str:
     expected = 2 * hidden * heads * head_dim + 3 * hidden * config.intermediate_size
     for layer in base.layers:
         linear = [module.weight for module in layer.modules() if isinstance(module, nn.Linear)]
-        others = {weight for weight in layer.parameters() if weight.dim() > 1} - set(linear)
-        if others or sum(weight.numel() for weight in linear) != expected:
+        other_weights = {weight for weight in layer.parameters() if weight.dim() > 1} - set(linear)
+        if other_weights or sum(weight.numel() for weight in linear) != expected:
             return "whose layers have other products than attention and a gated MLP"
     return ""
 

@@ -96,12 +96,12 @@ def _bos_in_template(tokenizer: PreTrainedTokenizerBase) -> str:
     `apply_chat_template` adds no special tokens. The result is "" if the written token gives other ids.
     """
     probe = "USER: a"
-    whole = tokenizer(probe)["input_ids"]
-    bare = tokenizer(probe, add_special_tokens=False)["input_ids"]
+    default_ids = tokenizer(probe)["input_ids"]
+    plain_ids = tokenizer(probe, add_special_tokens=False)["input_ids"]
     bos = tokenizer.bos_token
-    if whole == bare or not bos:
+    if default_ids == plain_ids or not bos:
         return ""
-    return bos if tokenizer(bos + probe, add_special_tokens=False)["input_ids"] == whole else ""
+    return bos if tokenizer(bos + probe, add_special_tokens=False)["input_ids"] == default_ids else ""
 
 
 def _text_after_image(tokenizer: PreTrainedTokenizerBase) -> str:

@@ -68,9 +68,9 @@ class AnswerTrace:
 
     def spread_over_patches(self, word: int, image: int) -> Float[np.ndarray, "patches"]:
         """Return `allowed` of a word for each patch of an image; 0 for dropped patches."""
-        first = sum(trace.num_tokens for trace in self.images[:image])
+        start = sum(trace.num_tokens for trace in self.images[:image])
         trace = self.images[image]
-        image_columns = self.allowed[word, first : first + trace.num_tokens]
+        image_columns = self.allowed[word, start : start + trace.num_tokens]
         return np.where(trace.token_of_patch >= 0, image_columns[trace.token_of_patch], 0.0)
 
 
@@ -98,15 +98,15 @@ def trace_answer(model: ChatModel, chat: EncodedChat, tokens: Sequence[int]) -> 
         tokens: tokens of the answer.
     """
     prompt_length = len(chat.input_ids)
-    whole = replace(chat, input_ids=np.concatenate([chat.input_ids, np.asarray(tokens, np.int64)]))
+    answered_chat = replace(chat, input_ids=np.concatenate([chat.input_ids, np.asarray(tokens, np.int64)]))
     with torch.inference_mode(), record_decisions() as decisions:
-        model.model(**model.build_inputs([whole]), use_cache=False, logits_to_keep=1)
+        model.model(**model.build_inputs([answered_chat]), use_cache=False, logits_to_keep=1)
     # A token is chosen by the row of the token before it.
-    rows = slice(prompt_length - 1, len(whole.input_ids) - 1)
+    rows = slice(prompt_length - 1, len(answered_chat.input_ids) - 1)
     columns = np.flatnonzero(chat.input_ids == model.model.config.image_token_id)
     inhibited = torch.zeros(len(tokens), len(columns))
-    for kept in decisions.values():
-        inhibited += (~kept[0, :, rows][:, :, columns]).float().mean(dim=0).cpu()
+    for mask in decisions.values():
+        inhibited += (~mask[0, :, rows][:, :, columns]).float().mean(dim=0).cpu()
     allowed = 1 - inhibited / model.model.config.text_config.num_hidden_layers
     return AnswerTrace(trace_images(model, chat), split_words(model, tokens), allowed.numpy())
 

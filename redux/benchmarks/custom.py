@@ -177,9 +177,9 @@ def _score_choice(response: str, row: Row) -> float:
 def _read_choice(response: str, options: Mapping[str, str]) -> str | None:
     """Read the letter of the option that a response names; None if it names none or several."""
     for pattern in CHOICE_PATTERNS:
-        found = pattern.search(response)
-        if found and found[1].upper() in options:
-            return found[1].upper()
+        match = pattern.search(response)
+        if match and match[1].upper() in options:
+            return match[1].upper()
     equal = [letter for letter, text in options.items() if _normalize(text) == _normalize(response)]
     if len(equal) == 1:
         return equal[0]
@@ -258,8 +258,8 @@ def read_first_question(location: str, record: Mapping[str, Any]) -> dict[str, A
     if roles != ["human", "gpt"]:
         raise ValueError(f"{location}: got turns from {roles[0]!r} and {roles[1]!r}, allowed: human, then gpt")
     question, answer = (get_field(f"{location}, conversations", turn, "value") for turn in turns[:2])
-    others = {name: record[name] for name in ("id", "image", "type") if name in record}
-    return {**others, "question": question.replace(IMAGE_TOKEN, "").strip(), "answer": answer}
+    other_fields = {name: record[name] for name in ("id", "image", "type") if name in record}
+    return {**other_fields, "question": question.replace(IMAGE_TOKEN, "").strip(), "answer": answer}
 
 
 def _build_question(
@@ -275,6 +275,7 @@ def _build_question(
     if not prompt.strip() or IMAGE_TOKEN in prompt:
         raise ValueError(f"{location}: got question {prompt[:80]!r}, allowed: a text without {IMAGE_TOKEN}")
     answers = _read_answers(location, entry)
+    # The accuracy of VQA compares an answer with those of several people.
     if metric == "vqa" and len(answers) < MIN_PEOPLE:
         raise ValueError(
             f"{location}: got {len(answers)} answers, allowed with metric vqa: at least {MIN_PEOPLE}; or metric exact"

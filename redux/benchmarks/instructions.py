@@ -54,7 +54,10 @@ from redux.instructions import (
 PER_TASK = 218
 
 ID_LIST = "instruction_id_list"
-"""Field of a row with several instructions, as in IFEval; "kwargs" is then a list, too."""
+"""Field of a row with several instructions, as in IFEval; "kwargs" is then a list, too.
+
+`id` and `kwargs`, the names of variables below, are IFEval's for an instruction and its arguments.
+"""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -215,8 +218,8 @@ def contains_answer(answer: str, response: str) -> bool:
     """
     answer, response = answer.strip().lower(), response.lower()
     if answer in ("yes", "no"):
-        first = re.search(r"\b(yes|no)\b", response)
-        return first is not None and first[0] == answer
+        match = re.search(r"\b(yes|no)\b", response)
+        return match is not None and match[0] == answer
     return re.search(rf"(?<!\w){re.escape(answer)}(?!\w)", response) is not None
 
 

@@ -117,6 +117,7 @@ def compute_metrics(rows: Sequence[Row]) -> dict[str, Metric]:
         pair_outcomes[subtask] = [
             Outcome(f"{subtask}.acc_plus", unit, float(all(answers))) for unit, answers in answers_by_image.items()
         ]
+    # The points of a subtask are the sum of both accuracies, times 100.
     result = {}
     for name, subtasks in (("perception", PERCEPTION), ("cognition", COGNITION)):
         if present := [subtask for subtask in subtasks if subtask in images]:

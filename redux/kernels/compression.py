@@ -159,19 +159,19 @@ def _locate_kernel(
     tl.debug_barrier()
     patch = tl.load(ranked + image * patches + number, mask=inside, other=0)
     if DROPS:
-        of_patch = tl.where(number < kept, number, -1)
+        output_token = tl.where(number < kept, number, -1)
     else:
         redundant = inside & (number >= kept)
-        of_patch = tl.load(label + image * (patches - kept) + number - kept, mask=redundant, other=0).to(tl.int32)
-        of_patch = tl.where(number < kept, number, kept + of_patch)
-    tl.store(by_rank + image * patches + patch, of_patch, mask=inside)
+        output_token = tl.load(label + image * (patches - kept) + number - kept, mask=redundant, other=0).to(tl.int32)
+        output_token = tl.where(number < kept, number, kept + output_token)
+    tl.store(by_rank + image * patches + patch, output_token, mask=inside)
     # Whole numbers: the minimum does not depend on the order.
-    tl.atomic_min(first + of_patch, patch.to(tl.int32), mask=inside & (of_patch >= 0))
+    tl.atomic_min(first + output_token, patch.to(tl.int32), mask=inside & (output_token >= 0))
     tl.debug_barrier()
-    sorts_by = of_patch
+    sorts_by = output_token
     if SPATIAL:
-        sorts_by = tl.load(first + of_patch, mask=inside & (of_patch >= 0), other=0)
-    tl.store(key + image * patches + patch, tl.where(of_patch >= 0, sorts_by, patches), mask=inside)
+        sorts_by = tl.load(first + output_token, mask=inside & (output_token >= 0), other=0)
+    tl.store(key + image * patches + patch, tl.where(output_token >= 0, sorts_by, patches), mask=inside)
 
 
 @triton.jit(do_not_specialize=["patches", "kept", "out"])

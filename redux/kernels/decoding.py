@@ -176,14 +176,15 @@ def _order_bits(number):
 @no_type_check
 def _find_rank(bits, candidate, rank):
     """Find the number at a rank from 0 among the candidates; all ones if there are fewer."""
-    found = tl.full([], 0, tl.uint32)
+    # Bit by bit from the highest: the largest number with at most `rank` candidates below it.
+    result = tl.full([], 0, tl.uint32)
     bit = tl.full([], 0x80000000, tl.uint32)
     for _ in range(32):
-        trial = found | bit
+        trial = result | bit
         less = tl.sum((candidate & (bits < trial)).to(tl.int32), axis=0)
-        found = tl.where(less <= rank, trial, found)
+        result = tl.where(less <= rank, trial, result)
         bit = bit >> 1
-    return found
+    return result
 
 
 @triton.jit(do_not_specialize=["blocks", "scores_size", "focus_offset", "keys", "slots"])

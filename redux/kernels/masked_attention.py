@@ -357,6 +357,7 @@ def _key_gradients(
         mask += batch_index * length * mask_stride
         if (tl.load(span + batch * 2) < below) & (tl.load(span + batch * 2 + 1) > key_start):
             masked_from = tl.maximum(first_row // block_rows * block_rows, below)
+    # Query heads in a fixed order, so that their sum is the same in each run.
     k_tile = load_rows(k, k_row, keys, length, dims, head_dim, block_dim)
     v_tile = load_rows(v, v_row, keys, length, dims, head_dim, block_dim)
     dk_tile = tl.zeros([block_keys, block_dim], tl.float32)

@@ -216,8 +216,8 @@ def test_scores_do_not_depend_on_the_arm() -> None:
     # Other labels on the same answers change no score.
     relabelled = dict(zip(arms, [*list(arms.values())[1:], arms["llava"]], strict=True))
     scores, others = (
-        sorted(compute_metrics(answered)["strict"].score for answered in of_arms.values())
-        for of_arms in (arms, relabelled)
+        sorted(compute_metrics(answered)["strict"].score for answered in answers_by_arm.values())
+        for answers_by_arm in (arms, relabelled)
     )
     assert scores == others
 
@@ -286,9 +286,9 @@ def test_the_levels_differ_for_prompts_with_two_instructions() -> None:
     answered = rows(build_pair_questions(ASKED, per_task=12), "it is red", "IT IS RED", '{"a": "red"}', "*a* **b**, c")
     found = compute_metrics(answered)
     for kind in ("strict", "loose"):
-        of_rows = [next(score_lines(json.dumps(row), "a"))[kind] for row in answered]
-        assert found[kind].score == pytest.approx(fmean(map(fmean, of_rows)))
-        assert found[f"prompt_{kind}"].score == pytest.approx(fmean(map(all, of_rows)))
+        row_scores = [next(score_lines(json.dumps(row), "a"))[kind] for row in answered]
+        assert found[kind].score == pytest.approx(fmean(map(fmean, row_scores)))
+        assert found[f"prompt_{kind}"].score == pytest.approx(fmean(map(all, row_scores)))
         assert 0 < found[f"prompt_{kind}"].score < found[kind].score < 1
     assert found["prompt_strict"].score == pytest.approx(fmean(judge_row(row)["strict"] for row in answered))
     known = [row for row in answered if row["answer"] is not None]

@@ -64,8 +64,8 @@ def test_refilling_leaves_the_tokens_that_fit_best_where_they_are() -> None:
     """Two kinds of tokens in three clusters: the third takes one token, and the kinds do not mix otherwise."""
     kinds = torch.tensor([0] * 6 + [1] * 6)
     label = kmeans(F.one_hot(kinds, 4).float().unsqueeze(0), 3, 10)[0]
-    of_kind = [set(label[kinds == kind].tolist()) for kind in (0, 1)]
-    assert not of_kind[0] & of_kind[1]
+    labels_by_kind = [set(label[kinds == kind].tolist()) for kind in (0, 1)]
+    assert not labels_by_kind[0] & labels_by_kind[1]
 
 
 @pytest.mark.parametrize("seeds", SEEDS)

@@ -93,9 +93,9 @@ def test_text_alone_runs_the_modules_of_an_image_in_their_order(
     assert order == text_order
     assert len(order) > 20
     assert gradients.keys() == text_gradients.keys()
-    of_images = [name for name in gradients if "vision_tower" in name or "projector" in name]
-    assert of_images
-    assert not any(text_gradients[name].any() for name in of_images)
+    image_parameters = [name for name in gradients if "vision_tower" in name or "projector" in name]
+    assert image_parameters
+    assert not any(text_gradients[name].any() for name in image_parameters)
     assert torch.equal(text_logits, model(**text).logits)
 
 

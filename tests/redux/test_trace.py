@@ -152,7 +152,7 @@ def test_inhibited_pairs_get_no_attention(tiny: Tiny, tokenizer: PreTrainedToken
 
 def test_masses_are_recorded_of_single_heads_alone(tiny: Tiny, tokenizer: PreTrainedTokenizerBase) -> None:
     """A head that is not chosen attends as without CMAI."""
-    of_one, of_two = (
+    mass_with_one, mass_with_two = (
         measure_attention(
             answerer(tiny, tokenizer, cmai=CMAI(gamma_max=0.9, schedule="constant", heads=heads), layers=1),
             QUESTION,
@@ -162,4 +162,4 @@ def test_masses_are_recorded_of_single_heads_alone(tiny: Tiny, tokenizer: PreTra
         for heads in ((0,), (0, 1))
     )
     full = measure_attention(answerer(tiny, tokenizer, cmai=None, layers=1), QUESTION, encode_image(0), ANSWER)
-    assert of_two < of_one < full.image[0]
+    assert mass_with_two < mass_with_one < full.image[0]

@@ -37,8 +37,8 @@ def decide(kind: str, quantile: Any, gamma: float, padded: bool) -> tuple[torch.
     expected = torch.ones(3, LENGTH, LENGTH, dtype=torch.bool)
     for sequence, row in ((sequence, row) for sequence in range(3) for row in range(FIRST, LENGTH)):
         if not is_image[sequence, row]:
-            of_sequence = columns[sequence][valid[sequence]]
-            expected[sequence, row, of_sequence] = kept[sequence, row - FIRST, : len(of_sequence)]
+            sequence_columns = columns[sequence][valid[sequence]]
+            expected[sequence, row, sequence_columns] = kept[sequence, row - FIRST, : len(sequence_columns)]
     mask = make_key_mask(3, LENGTH, DEVICE)
     focus, columns, valid, slots = (tensor.to(DEVICE) for tensor in (focus, columns, valid, slots))
     padding = padding.to(DEVICE) if padding is not None else None
