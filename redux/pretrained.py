@@ -213,8 +213,8 @@ def check_parts(
 ) -> None:
     """Check that two local folders have all weights and a tokenizer for `assemble`, without reading weights.
 
-    Sources that are not local folders are skipped, and so are sizes of a tower and None. A GGUF file is skipped too, as it
-    cannot be checked without reading it.
+    Sources that are not local folders are skipped, and so are sizes of a tower and None. A GGUF file is skipped, too,
+    since it cannot be checked without reading it.
 
     Raises:
         ValueError: as `assemble`.
