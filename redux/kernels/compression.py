@@ -283,13 +283,13 @@ def _merge_gradient_kernel(
     number = tl.load(token_of_patch + here)
     factor = tl.load(weight + here)
     factor_of_score = tl.load(scale + here)
-    held = number >= 0
+    has_token = number >= 0
     along = tl.zeros((BLOCK,), tl.float32)
     for start in range(0, DIM, BLOCK):
         column = start + tl.arange(0, BLOCK)
         inside = column < DIM
         there = (image * out + number) * DIM + column
-        slope = tl.load(gradient + there, mask=inside & held, other=0.0).to(tl.float32)
+        slope = tl.load(gradient + there, mask=inside & has_token, other=0.0).to(tl.float32)
         tl.store(
             tokens_gradient + here * DIM + column, (slope * factor).to(tokens_gradient.dtype.element_ty), mask=inside
         )

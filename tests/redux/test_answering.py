@@ -225,7 +225,7 @@ def asked(folders: Callable[[str], Path]) -> Callable[..., Answerer]:
 def alone(answerer: Answerer, images: Sequence[bytes | None], length: int) -> list[tuple[str, int]]:
     """(text, tokens) of each prompt, asked for itself."""
     said = [answerer([prompt], [image], length) for prompt, image in zip(PROMPTS, images, strict=True)]
-    return [(one.texts[0], one.tokens[0]) for one in said]
+    return [(answers.texts[0], answers.tokens[0]) for answers in said]
 
 
 def pairs(answers: Answers) -> list[tuple[str, int]]:

@@ -274,17 +274,17 @@ def test_each_layer_has_its_own_ratio() -> None:
 def test_keep_piece_by_piece_equals_keep_at_once(pieces: tuple[int, ...], cmai: CMAI) -> None:
     """Wherever the sequence is cut: in the text before an image, within one, between two."""
     query, key = noise(2, 4, KEYS, 8), noise(2, 2, KEYS, 8, seed=1)
-    whole = inhibition(cmai).compute_mask(1, query, key, causal(), 1.0)[:, 0]
+    full_mask = inhibition(cmai).compute_mask(1, query, key, causal(), 1.0)[:, 0]
     cache, start = FocusCache(), 0
     for rows in pieces:
         end = start + rows
         now = Inhibition.for_forward(cmai, 2, IMAGE[:, start:end], cache, training=False)
         visible = causal(rows, end)
         if now is None:
-            assert whole[:, start:end, :end].all()
+            assert full_mask[:, start:end, :end].all()
         else:
             kept = now.compute_mask(1, query[:, :, start:end], key[:, :, :end], visible, 1.0)
-            assert torch.equal((kept & visible)[:, 0], whole[:, start:end, :end] & visible[:, 0])
+            assert torch.equal((kept & visible)[:, 0], full_mask[:, start:end, :end] & visible[:, 0])
         start = end
 
 
@@ -324,17 +324,17 @@ def test_a_mask_of_a_head_equals_the_slow_loop_of_a_layer_with_that_head_alone(c
 @pytest.mark.parametrize("pieces", [(8, 1, 1, 1, 1, 1, 1), (2, 3, 9), (10, 4)], ids=str)
 def test_masks_of_heads_piece_by_piece_equal_those_at_once(pieces: tuple[int, ...], cmai: CMAI) -> None:
     query, key = noise(2, 4, KEYS, 8), noise(2, 2, KEYS, 8, seed=1)
-    whole = inhibition(cmai).compute_mask(1, query, key, causal(), 1.0)
+    full_mask = inhibition(cmai).compute_mask(1, query, key, causal(), 1.0)
     cache, start = FocusCache(), 0
     for rows in pieces:
         end = start + rows
         now = Inhibition.for_forward(cmai, 2, IMAGE[:, start:end], cache, training=False)
         visible = causal(rows, end)
         if now is None:
-            assert whole[:, :, start:end, :end].all()
+            assert full_mask[:, :, start:end, :end].all()
         else:
             kept = now.compute_mask(1, query[:, :, start:end], key[:, :, :end], visible, 1.0)
-            assert torch.equal(kept & visible, whole[:, :, start:end, :end] & visible)
+            assert torch.equal(kept & visible, full_mask[:, :, start:end, :end] & visible)
         start = end
 
 

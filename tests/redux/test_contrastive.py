@@ -30,9 +30,9 @@ def pairs(tokenizer: PreTrainedTokenizerFast) -> dict[str, Tensor]:
 
 
 def test_the_loss_is_clips_own_where_all_captions_differ(clip: CLIPModel, pairs: dict[str, Tensor]) -> None:
-    own = clip(**pairs, return_loss=True).loss
+    clip_loss = clip(**pairs, return_loss=True).loss
     loss = ContrastiveClip(copy.deepcopy(clip))(**pairs)
-    torch.testing.assert_close(loss, own)
+    torch.testing.assert_close(loss, clip_loss)
     assert loss.item() != pytest.approx(math.log(4), abs=1e-4), "blind to the pairs"
 
 

@@ -115,7 +115,7 @@ class Measured:
                 patch.setattr(owner, name, self.counted(part, getattr(owner, name)))
             cache = self.model(**inputs, past_key_values=cache, use_cache=True).past_key_values
         spent = self.spent
-        held = [tensor for layer in cache.layers for tensor in (layer.keys, layer.values)]
+        tensors = [tensor for layer in cache.layers for tensor in (layer.keys, layer.values)]
         rows = list(cache.t2i.values()) if isinstance(cache, FocusCache) else []
         return Cost(
             tower=spent["encoding"] - spent["compression"],
@@ -123,7 +123,7 @@ class Measured:
             projector=spent["images"] - spent["encoding"],
             language=self.counter.get_total_flops() - spent["images"] - spent["inhibition"],
             inhibition=spent["inhibition"],
-            kv_bytes=sum(tensor.nbytes for tensor in held),
+            kv_bytes=sum(tensor.nbytes for tensor in tensors),
             focus_bytes=sum(tensor.nbytes for tensor in rows),
         ), cache
 

@@ -102,10 +102,10 @@ def spread(ids: list[int], labels: list[int], image: int) -> tuple[list[int], li
     """Spread tokens as LLaVA's model does: an image is COUNT positions, which are never predicted."""
     pairs = [
         pair
-        for one, label in zip(ids, labels, strict=True)
-        for pair in ([(image, IGNORE_INDEX)] * COUNT if one == IMAGE_INDEX else [(one, label)])
+        for token_id, label in zip(ids, labels, strict=True)
+        for pair in ([(image, IGNORE_INDEX)] * COUNT if token_id == IMAGE_INDEX else [(token_id, label)])
     ]
-    return [one for one, _ in pairs], [label for _, label in pairs]
+    return [token_id for token_id, _ in pairs], [label for _, label in pairs]
 
 
 BLANKS = ["", " ", "\n", "  ", "\t", " \n ", "\r\n", "\u00a0", "\u2003", "\u200b"]

@@ -170,7 +170,7 @@ def test_a_tower_and_its_blocks_are_still_transformers_own(tiny: Tiny) -> None:
     plain: Any = CLIPVisionModel(model.config.vision_config).eval()
     plain.load_state_dict(tower.state_dict())
     with torch.no_grad():
-        found, expected = (one(images, output_hidden_states=True) for one in (tower, plain))
+        found, expected = (encoder(images, output_hidden_states=True) for encoder in (tower, plain))
     assert len(found.hidden_states) == len(expected.hidden_states) == 6
     for ours, theirs in zip(found.hidden_states, expected.hidden_states, strict=True):
         assert torch.equal(ours, theirs)

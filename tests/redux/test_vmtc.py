@@ -75,7 +75,8 @@ def test_a_ratio_is_met_however_it_is_spread(ratio: float, budget_schedule: Any,
     schedule = VMTC(ratio=ratio, budget_schedule=budget_schedule, stages=stages).plan_stages(576, 23)
     assert schedule[-1].num_tokens_out == round(576 * (1 - ratio))
     assert all(
-        one.num_tokens_out >= other.num_tokens_out and one.block < other.block for one, other in pairwise(schedule)
+        stage.num_tokens_out >= following.num_tokens_out and stage.block < following.block
+        for stage, following in pairwise(schedule)
     )
 
 
@@ -149,8 +150,8 @@ def test_compress_equals_equations_5_to_8_token_by_token(weights: Any, order: An
         expected, members, merged = slow(tokens[image], ips[image], stage, vmtc)
         torch.testing.assert_close(outputs[image], expected, rtol=1e-5, atol=1e-6)
         assert cluster[image].tolist() == merged
-        held = [[patch for patch in range(20) if slot[image, patch] == out] for out in range(len(expected))]
-        assert held == [sorted(patches) for patches in members]
+        members_by_token = [[patch for patch in range(20) if slot[image, patch] == out] for out in range(len(expected))]
+        assert members_by_token == [sorted(patches) for patches in members]
 
 
 @pytest.mark.parametrize("seed", range(20))
@@ -166,8 +167,10 @@ def test_compress_equals_the_equations_at_random_shapes_and_settings(seed: int) 
         expected, members, merged = slow(tokens[image], ips[image], CompressionStage(0, kept, clusters), vmtc)
         torch.testing.assert_close(outputs[image], expected, rtol=1e-4, atol=1e-5)
         assert cluster[image].tolist() == merged
-        held = [[patch for patch in range(patches) if slot[image, patch] == out] for out in range(len(expected))]
-        assert held == [sorted(patches) for patches in members]
+        members_by_token = [
+            [patch for patch in range(patches) if slot[image, patch] == out] for out in range(len(expected))
+        ]
+        assert members_by_token == [sorted(patches) for patches in members]
 
 
 @pytest.mark.parametrize("seeds", ["strided", "farthest", "random"])
