@@ -1,6 +1,6 @@
 """Adapters for image-text-to-text models of transformers other than LLaVA.
 
-Such a model is asked with its own processor and chat template.  Models that are older than chat templates get the
+Such a model is asked with its own processor and chat template. Models that are older than chat templates get the
 prompt that their authors publish.
 
 Cost: one generation for a batch, or two if it mixes prompts with and without images.
@@ -22,7 +22,7 @@ PROMPTS_BY_MODEL_TYPE = {
     "instructblip": "{}",  # Dai et al. 2023, arXiv 2305.06500: instructions in free words, no template around them
     "paligemma": "<image>answer en {}",  # google-research/big_vision, big_vision/configs/proj/paligemma/README.md
 }
-"""Prompts of models without a chat template, by model_type.  None of these models answers without an image."""
+"""Prompts of models without a chat template, by model_type. None of these models answers without an image."""
 
 
 @dataclass(frozen=True)
@@ -46,10 +46,10 @@ class TransformersModel:
                 f"{', '.join(PROMPTS_BY_MODEL_TYPE)}"
             )
         tokenizer = self.processor.tokenizer
-        # A decoder continues the last token, so padding goes left.  An encoder's padding is harmless at the end; on the
+        # A decoder continues the last token, so padding goes left. An encoder's padding is harmless at the end; on the
         # left, between BLIP-2's image and text, it would shift T5's positions.
         tokenizer.padding_side = "right" if self.model.config.get_text_config().is_encoder_decoder else "left"
-        # a saved padding_side is also forced on InstructBLIP's Q-Former, whose positions count from the left
+        # A saved padding_side is also forced on InstructBLIP's Q-Former, whose positions count from the left.
         tokenizer.init_kwargs.pop("padding_side", None)
         ensure_pad_token(tokenizer)
 
@@ -74,7 +74,7 @@ class TransformersModel:
                     generate_greedily(self.model, self.processor.tokenizer, inputs, self._eos_token_ids, max_new_tokens)
                 )
                 order += rows
-        # put the answers of both batches back into the order of the prompts
+        # Put the answers of both batches back into the order of the prompts.
         positions = np.argsort(order)
         texts = [text for batch in batches for text in batch.texts]
         tokens = [count for batch in batches for count in batch.tokens]
@@ -97,10 +97,10 @@ class TransformersModel:
         return [ids] if isinstance(ids, int) else list(ids)
 
     def _build_inputs(self, prompts: Sequence[str], images: Sequence[bytes | None]) -> Mapping[str, Tensor]:
-        """Build the model's inputs.  Either every prompt has an image, or none has."""
+        """Build the model's inputs. Either every prompt has an image, or none has."""
         pictures = [Image.fromarray(decode_rgb(image)) for image in images if image is not None]
         if self.processor.chat_template:
-            # one message a prompt: the image first, then the text
+            # One message a prompt: the image first, then the text.
             contents = [
                 [*image_contents, {"type": "text", "text": prompt}]
                 for prompt, image_contents in zip(prompts, _image_contents(pictures, len(prompts)), strict=True)

@@ -1,14 +1,14 @@
 """One interface to ask image-text-to-text models of transformers about images.
 
 Numbers of two models compare only if both are asked in the same way: greedily, in batches whose padding changes
-nothing, with the same counts and times (`redux.generation`).  A LLaVA is asked with redux's own templates and pixels,
-as it was trained.  Any other model is asked through its processor (`redux.adapters`).
+nothing, with the same counts and times (`redux.generation`). A LLaVA is asked with redux's own templates and pixels,
+as it was trained. Any other model is asked through its processor (`redux.adapters`).
 
 The paper's upper limit (Table 1) shows the price of image tokens in following instructions: the model first describes
-the image, then answers from the description without the image.  The paper gives neither prompt nor length.  Here both
+the image, then answers from the description without the image. The paper gives neither prompt nor length. Here both
 are arguments, and the description stands before the question, where the image stood.
 
-Cost: one generation for a batch.  The upper limit adds one for images that have no description yet.
+Cost: one generation for a batch. The upper limit adds one for images that have no description yet.
 """
 
 import hashlib
@@ -74,14 +74,14 @@ def build_inputs(
         rows: token ids of each prompt.
         pixels: images in the order of their tokens, each (3, size, size) uint8; none for text alone.
     """
-    # decoding continues the last token of each row, so padding goes left
+    # Decoding continues the last token of each row, so padding goes left.
     inputs = {
         "input_ids": torch.from_numpy(pad_rows(rows, tokenizer.pad_token_id, left=True)),
         "attention_mask": torch.from_numpy(pad_rows([np.ones_like(row) for row in rows], 0, left=True)),
     }
     if pixels:
         inputs["pixel_values"] = torch.from_numpy(np.stack(pixels))
-    # uint8 pixels go to the device and become floats there: a quarter of the bytes to copy
+    # uint8 pixels go to the device and become floats there: a quarter of the bytes to copy.
     inputs = {name: tensor.to(model.device) for name, tensor in inputs.items()}
     if pixels:
         inputs["pixel_values"] = normalize_pixels(inputs["pixel_values"]).to(model.dtype)
@@ -110,7 +110,7 @@ class TrainedLlava:
 
 
 class LlavaAnswerer(TrainedLlava):
-    """An `Answerer` for a LLaVA of this package or a plain one.  A batch may mix prompts with and without images."""
+    """An `Answerer` for a LLaVA of this package or a plain one. A batch may mix prompts with and without images."""
 
     def __call__(self, prompts: Sequence[str], images: Sequence[bytes | None], max_new_tokens: int) -> Answers:
         """Answer a batch, see `Answerer`."""
@@ -123,12 +123,12 @@ class LlavaAnswerer(TrainedLlava):
             self._encode(prompt if image is None else f"{IMAGE_TOKEN}\n{prompt}")
             for prompt, image in zip(prompts, images, strict=True)
         ]
-        # an image that several prompts share is decoded once
+        # An image that several prompts share is decoded once.
         present = [image for image in images if image is not None]
         size = self.model.config.vision_config.image_size
         squares = {image: load_pixels(image, size, self.image_aspect_ratio) for image in set(present)}
         inputs = build_inputs(self.model, self.tokenizer, rows, [squares[image] for image in present])
-        # answers end with the template's end token, whatever the checkpoint's generation settings are
+        # Answers end with the template's end token, whatever the checkpoint's generation settings are.
         return generate_greedily(self.model, self.tokenizer, inputs, [self.tokenizer.eos_token_id], max_new_tokens)
 
     def count_tokens(self, prompt: str) -> int:
@@ -161,9 +161,9 @@ class CaptionThenAnswer:
     def __call__(self, prompts: Sequence[str], images: Sequence[bytes | None], max_new_tokens: int) -> Answers:
         """Answer a batch, see `Answerer`."""
         check_batch(prompts, images)
-        # by content: an image that several questions share is captioned once
+        # By content: an image that several questions share is captioned once.
         digests = [None if image is None else hashlib.sha256(image).digest() for image in images]
-        # first generation: captions of new images
+        # First generation: captions of new images.
         new_images = {
             digest: image
             for digest, image in zip(digests, images, strict=True)
@@ -176,7 +176,7 @@ class CaptionThenAnswer:
             )
             self.captions.update(zip(new_images, captions.texts, strict=True))
             caption_s = captions.prefill_s + captions.decode_s
-        # second generation: the caption in the place of the image
+        # Second generation: the caption in the place of the image.
         captioned_prompts = [
             f"{self.captions[digest]}\n{prompt}" if digest else prompt
             for prompt, digest in zip(prompts, digests, strict=True)
@@ -221,11 +221,11 @@ def load(
     """
     if image_input not in get_args(ImageInput):
         raise ValueError(f"image_input: got {image_input!r}, allowed: {', '.join(get_args(ImageInput))}")
-    # refuse unknown names before anything is read
+    # Refuse unknown names before anything is read.
     resolve_format({}, template, image_aspect_ratio)
     torch_device = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
     options: dict[str, Any] = {"dtype": dtype or "auto"}
-    # files of a bucket exist on this disk only inside the with block
+    # Files of a bucket exist on this disk only inside the with block.
     with local_copy(path, label="model") as folder:
         answerer: Answerer
         if is_llava(folder):
@@ -272,7 +272,7 @@ def resolve_format(
                 f"{name}: got {value}, allowed: {trained[name]}, with which the model was trained, or any other with "
                 "allow_mismatch"
             )
-    # models whose configuration names no format are LLaVA-1.5's
+    # Models whose configuration names no format are LLaVA-1.5's.
     chosen = template or trained["template"] or "vicuna_v1"
     if chosen == "plain":
         raise ValueError(
@@ -283,9 +283,9 @@ def resolve_format(
 
 
 def is_llava(path: str | PathLike, label: str = "model") -> bool:
-    """Tell if a folder, hub id or URL has a LLaVA that redux runs.  Raises as `read_config`."""
+    """Return True if a folder, hub id or URL has a LLaVA that redux runs. Raises as `read_config`."""
     config = read_config(path, label)
-    # Pixtral's model_type is "llava" too; its tower is not CLIP's
+    # Pixtral's model_type is "llava" too; its tower is not CLIP's.
     tower = config.get("vision_config", {}).get("model_type", "clip_vision_model")
     return bool(config["model_type"] == "llava" and tower in TOWER_CLASSES)
 

@@ -110,19 +110,19 @@ class ModelSettings:
     kernels: KernelChoice = "auto"
 
     def __post_init__(self) -> None:
-        # without a checkpoint "checkpoint" means the defaults
+        # Without a checkpoint "checkpoint" means the defaults.
         defaults = {} if self.checkpoint else {"vmtc": VMTC(), "cmai": CMAI(), "reduction": None}
         for name, value in defaults.items():
             if getattr(self, name) == "checkpoint":
-                object.__setattr__(self, name, value)  # the dataclass is frozen
+                object.__setattr__(self, name, value)  # The dataclass is frozen
         if self.vmtc and self.reduction and "checkpoint" not in (self.vmtc, self.reduction):
             raise ValueError("reduction: got one besides vmtc, allowed: one of the two, the other null")
-        # a checkpoint fixes all sizes, so none of the checks below applies
+        # A checkpoint fixes all sizes, so none of the checks below applies.
         if self.checkpoint:
             if self.tower or self.language or self.gguf_file:
                 raise ValueError("checkpoint: got one besides parts of a model, allowed: the one or the other")
             return
-        # both parts are there, and of one kind
+        # Both parts are there, and of one kind.
         if not (self.tower and self.language):
             missing = "language" if self.tower else "tower"
             raise ValueError(f"{missing}: got null, allowed: sizes or a pretrained one, or a checkpoint of both")
@@ -134,7 +134,7 @@ class ModelSettings:
             return  # redux.pretrained.configure_assembly checks pretrained parts
         if self.gguf_file and not isinstance(self.language, str):
             raise ValueError(f"gguf_file: got {self.gguf_file}, allowed: null, because language is built from sizes")
-        # the visual tokens of an image must fit into the language model
+        # The visual tokens of an image must fit into the language model.
         try:
             tokens = count_image_tokens(self)
         except ValueError as error:
@@ -168,6 +168,6 @@ def count_image_tokens(model: ModelSettings) -> int:
     if isinstance(model.reduction, Reduction):
         return model.reduction.count_tokens(patches)
     if isinstance(model.vmtc, VMTC):
-        # LLaVA reads the last but one layer, so that the last block is not in use
+        # LLaVA reads the last but one layer, so that the last block is not in use.
         return model.vmtc.count_tokens_left(patches, model.tower.num_hidden_layers - 1)
     return patches

@@ -1,8 +1,8 @@
 """CMAI as an attention function of transformers, registered as "cmai".
 
 On a GPU, prompts and training take fused kernels (`redux.kernels`) if the mask is causal with padding: the same
-decisions, and attention that reads a mask only where text meets an image.  A decoded token takes the kernels of
-`redux.kernels.decoding`.  Other calls take plain code.
+decisions, and attention that reads a mask only where text meets an image. A decoded token takes the kernels of
+`redux.kernels.decoding`. Other calls take plain code.
 
 Shapes: batch, heads, kv_heads, rows (queries of this call), keys (all tokens so far), masks (batch, or 1 if all
 sequences share a mask), mask_rows (rows, or 1 for a mask of `_build_mask` in its short form).
@@ -65,16 +65,16 @@ class AttentionRecorder:
         scale: float,
     ) -> None:
         """Add a layer; the mask is final, with the inhibition."""
-        first = query.shape[2] - self.rows
+        first_row = query.shape[2] - self.rows
         total = torch.zeros(key.shape[2], device=query.device)
         for head in range(query.shape[1]):
-            # a mask for each head, or one for all
-            head_mask = attention_mask[:, head % attention_mask.shape[1], first:]
+            # A mask for each head, or one for all.
+            head_mask = attention_mask[:, head % attention_mask.shape[1], first_row:]
             visible, bias = (
                 (head_mask, None) if head_mask.dtype == torch.bool else (head_mask > MASKED_SCORE, head_mask)
             )
-            of_head = key[:, head * key.shape[1] // query.shape[1]].unsqueeze(1)
-            weights = mean_attention_weights(query[:, head : head + 1, first:], of_head, visible, scale, bias)
+            head_keys = key[:, head * key.shape[1] // query.shape[1]].unsqueeze(1)
+            weights = mean_attention_weights(query[:, head : head + 1, first_row:], head_keys, visible, scale, bias)
             total += weights[0].mean(dim=0)
         self.weights[layer] = total / query.shape[1]
 
@@ -118,7 +118,7 @@ def inhibited_attention(
     """
     layer = int(module.layer_idx)  # type: ignore[arg-type]
     if isinstance(inhibition, PackedInhibition):
-        # attend within each conversation; its mask takes the place of that of the rows
+        # Attend within each conversation; its mask takes the place of that of the rows.
         packed = inhibition.to(query.device)
         conversations, short_mask = packed.conversations, packed.conversations.padding[:, None, None]
         split_query, split_key, split_value = (conversations.split(rows) for rows in (query, key, value))
@@ -129,22 +129,22 @@ def inhibited_attention(
     if isinstance(inhibition, DecodingStep):
         return _attend_decoded(module, layer, query, key, value, attention_mask, inhibition, scaling, **kwargs)
     if inhibition is not None and attention_mask is not None and not _is_short_mask(attention_mask):
-        _split_mask(attention_mask)  # refuse here a mask that only some layers would read
+        _split_mask(attention_mask)  # Refuse here a mask that only some layers would read
     active = inhibition if inhibition is not None and inhibition.gammas[layer] > 0 else None
     recorder = _recorder.get()
     if active is None and recorder is None and (attention_mask is None or not _is_short_mask(attention_mask)):
         return sdpa_attention_forward(module, query, key, value, attention_mask, scaling=scaling, **kwargs)
-    # fused kernels, if they serve this call
+    # Fused kernels, if they serve this call.
     scale = query.shape[-1] ** -0.5 if scaling is None else scaling
     unsupported = _unsupported(module, query, key, value, attention_mask, active, kwargs)
     if use_fused("CMAI" if active else "attention with padding", query.device, unsupported):
         return _fused_attention(module, query, key, value, attention_mask, active, scale)
-    # plain code
+    # Plain code.
     if attention_mask is None or _is_short_mask(attention_mask):
         padding = None if attention_mask is None else attention_mask[:, 0, 0]
         attention_mask = build_causal_mask(padding, key.shape[2], query.device)[:, :, -query.shape[2] :]
     if active is not None:
-        # a StaticCache has keys to come, too
+        # A StaticCache has keys to come, too.
         length = active.is_image.shape[1]
         key, value, attention_mask = key[:, :, :length], value[:, :, :length], attention_mask[..., :length]
         visible, bias = _split_mask(attention_mask)
@@ -184,7 +184,7 @@ def _attend_decoded(
         output = step.attend_fused(layer, query, key, value, visible, scale, unsupported)
         if output is not None:
             return output, None
-        # the decorator torch.no_grad() would break the graph of a compiled step (torch 2.13)
+        # The decorator torch.no_grad() would break the graph of a compiled step (torch 2.13).
         with torch.no_grad(), without_autocast(query.device):
             kept = step.compute_mask(layer, query, key, visible, scale, bias, mesh)
         attention_mask = visible & kept if bias is None else bias.masked_fill(~kept, torch.finfo(bias.dtype).min)
@@ -227,7 +227,7 @@ def _unsupported(
     kwargs: dict[str, Any],
 ) -> str:
     """Return why fused kernels cannot serve a call of `inhibited_attention`, or "" if they can."""
-    # in the order of the checks: every layer of every call passes them, so text is made only for a reason
+    # In the order of the checks: every layer of every call passes them, so text is made only for a reason.
     is_causal = kwargs.get("is_causal")
     if is_causal is None:
         is_causal = getattr(module, "is_causal", True)
@@ -241,6 +241,7 @@ def _unsupported(
         return "attention has dropout"
     if others := [name for name in UNSUPPORTED_ARGUMENTS if kwargs.get(name) is not None]:
         return f"of {', '.join(others)}"
+    # The limits of the kernels: dtype, dimensions of a head, and options of CMAI.
     if query.dtype not in FUSED_DTYPES or not query.dtype == key.dtype == value.dtype:
         return f"{query.dtype}, {key.dtype} and {value.dtype} are not one of float16, bfloat16 and float32"
     if query.is_cuda and torch.is_autocast_enabled("cuda") and torch.get_autocast_dtype("cuda") != query.dtype:
@@ -271,7 +272,7 @@ def _split_mask(
 
 
 def _is_short_mask(attention_mask: Tensor) -> bool:
-    """Tell if a mask has the short form of `_build_mask`: causal, with padding.
+    """Return True if a mask has the short form of `_build_mask`: causal, with padding.
 
     A caller's mask of uint8, which `_split_mask` refuses, has a row for each token.
     """
@@ -285,7 +286,7 @@ def _build_mask(*args: Any, **kwargs: Any) -> Tensor | None:
         None for a causal mask; uint8 of shape (batch, 1, 1, keys) for one with padding, 0 for keys that no row sees;
         else sdpa_mask's booleans of shape (batch, 1, rows, keys).
     """
-    # CMAI removes pairs from the mask, so one must exist
+    # CMAI removes pairs from the mask, so one must exist.
     explicit = {**kwargs, "allow_is_causal_skip": False, "allow_is_bidirectional_skip": False}
     padding, length = kwargs.get("attention_mask"), kwargs.get("q_length")
     offsets = (kwargs.get("q_offset", 0), kwargs.get("kv_offset", 0))
@@ -299,7 +300,7 @@ def _build_mask(*args: Any, **kwargs: Any) -> Tensor | None:
         or (padding is not None and padding.shape[-1] != length)
     ):
         return sdpa_mask(*args, **explicit)
-    # transformers finds out if nothing is padded, as for its own attention: one wait for the GPU in a forward pass
+    # transformers finds out if nothing is padded, as for its own attention: one wait for the GPU in a forward pass.
     if padding is None or sdpa_mask(**kwargs) is None:
         return None
     return padding.to(torch.uint8)[:, None, None]

@@ -5,17 +5,17 @@ token over the attention that it pays to an image token, each a mean over the to
 
     MDI = (A_text / |text|) / (A_image / |image|)
 
-The paper itself was readable only up to its introduction.  The equation is that of two public implementations
+The paper itself was readable only up to its introduction. The equation is that of two public implementations
 (Song-haJo/LangOverrule, commit 6989a8e, src/metrics/mdi.py; JuncyLu/trl_DAPO), which agree on it: attention of the
-generated tokens, mean over heads, to the tokens of the prompt.  Both divide A_text and A_image by their sum, which
-leaves the ratio as it is.  They differ in the layers.  The paper prints an index for early, middle and late layers
-(LLaVA-1.5-7B: 1.58, 10.23, 17.37).  By the first implementation these are two layers each, and here, too;
-by the second they are thirds.  The second also leaves out special tokens of the text and attention to the first token.
+generated tokens, mean over heads, to the tokens of the prompt. Both divide A_text and A_image by their sum, which
+leaves the ratio as it is. They differ in the layers. The paper prints an index for early, middle and late layers
+(LLaVA-1.5-7B: 1.58, 10.23, 17.37). By the first implementation these are two layers each, and here, too;
+by the second they are thirds. The second also leaves out special tokens of the text and attention to the first token.
 
-Here A is the attention weight after any inhibition.  "text" is the prompt with its template, special tokens included.
+Here A is the attention weight after any inhibition. "text" is the prompt with its template, special tokens included.
 Both sums are means over layers before the ratio, since a layer that hardly sees the image would else decide it.
 
-`redux.trace.measure_attention` measures it.  This module needs no torch, so answers can be scored without it.
+`redux.trace.measure_attention` measures it. This module needs no torch, so answers can be scored without it.
 """
 
 from collections.abc import Sequence

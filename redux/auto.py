@@ -31,9 +31,9 @@ def _choose_class(config: PreTrainedConfig) -> type[LlavaForConditionalGeneratio
     return ReduxForConditionalGeneration if is_redux else LlavaForConditionalGeneration
 
 
-# transformers (5.23) would otherwise prefer this class to code that a checkpoint brings along
+# transformers (5.23) would otherwise prefer this class to code that a checkpoint brings along.
 LlavaByArchitecture.__module__ = LlavaForConditionalGeneration.__module__
 
-# a tuple of both classes would do, but transformers (5.23) then fails for a configuration without architectures
+# A tuple of both classes would do, but transformers (5.23) then fails for a configuration without architectures.
 AutoModelForImageTextToText.register(LlavaConfig, LlavaByArchitecture, exist_ok=True)
 AutoModelForImageTextToText.register(ReduxConfig, ReduxForConditionalGeneration, exist_ok=True)

@@ -1,12 +1,12 @@
 """Conversations with a LLaVA: several turns, several images, batches, sampling, and answers token by token.
 
-A conversation is encoded with the template and the pixels of the training (`redux.conversation`, `redux.image`).  A
-turn with several images begins with one `<image>` line for each.  A batch of conversations is padded on the left, and
-each row has its own sampling and its own end, so a row's answer does not depend on the other rows.  A greedy answer is
+A conversation is encoded with the template and the pixels of the training (`redux.conversation`, `redux.image`). A
+turn with several images begins with one `<image>` line for each. A batch of conversations is padded on the left, and
+each row has its own sampling and its own end, so a row's answer does not depend on the other rows. A greedy answer is
 that of `redux.answering`.
 
-Generation calls back after each step, in the thread of the caller.  The caller prints, sends or stores the new text,
-and may end single rows.  On a GPU, greedy batches decode by a CUDA graph (`redux.graph_decoding`).
+Generation calls back after each step, in the thread of the caller. The caller prints, sends or stores the new text,
+and may end single rows. On a GPU, greedy batches decode by a CUDA graph (`redux.graph_decoding`).
 """
 
 from collections.abc import Callable, Sequence
@@ -84,7 +84,7 @@ DeltaCallback = Callable[[Sequence[Delta]], Sequence[int]]
 
 
 class ChatModel(TrainedLlava):
-    """A LLaVA that continues conversations.  One batch at a time."""
+    """A LLaVA that continues conversations. One batch at a time."""
 
     @cached_property
     def max_length(self) -> int:
@@ -186,8 +186,8 @@ class ChatModel(TrainedLlava):
 
     def _limit(self, chat: EncodedChat, sampling: Sampling) -> Sampling:
         """Limit an answer to the positions that the conversation leaves."""
-        room = self.max_length - len(chat.input_ids)
-        return replace(sampling, max_new_tokens=min(sampling.max_new_tokens, room))
+        free_positions = self.max_length - len(chat.input_ids)
+        return replace(sampling, max_new_tokens=min(sampling.max_new_tokens, free_positions))
 
     def build_inputs(self, chats: Sequence[EncodedChat]) -> dict[str, Tensor]:
         """Build the inputs of a batch, see `redux.answering.build_inputs`."""
@@ -258,7 +258,7 @@ def split_messages(template: Template, messages: Sequence[Message], eos: str | N
         for message in messages
     ]
     pieces = list(template.split_spans(turns, *([eos] if eos else [])))
-    # the template writes one `<image>` line for a turn; a turn of several images needs as many
+    # The template writes one `<image>` line for a turn; a turn of several images needs as many.
     counts = iter([len(message.images) for message in messages if message.images])
     result = []
     for text, is_learned in pieces:
@@ -289,32 +289,37 @@ class RowDecoder:
             return None
         self.tokens.append(token)
         decoded = self.decode(self.tokens).strip()
-        stop = min((at for stop in self.sampling.stop if (at := decoded.find(stop)) >= 0), default=None)
-        if stop is not None:
-            decoded, self.finish_reason = decoded[:stop].rstrip(), "stop"
+        positions = [decoded.find(text) for text in self.sampling.stop]
+        stop_position = min((position for position in positions if position >= 0), default=None)
+        if stop_position is not None:
+            decoded = decoded[:stop_position].rstrip()
+            self.finish_reason = "stop"
         elif is_end:
             self.finish_reason = "stop"
         elif len(self.tokens) == self.sampling.max_new_tokens:
             self.finish_reason = "length"
         final = decoded if self.finish_reason else self._cut_unfinished(decoded)
-        # some decoders change earlier text for a while, which cannot be taken back: wait until they agree again
-        new = final[len(self.text) :] if final.startswith(self.text) or self.finish_reason else ""
-        self.text += new
-        return Delta(self.number, new, len(self.tokens), self.finish_reason)
+        # Some decoders change earlier text for a while, which cannot be taken back: wait until they agree again.
+        new_text = final[len(self.text) :] if final.startswith(self.text) or self.finish_reason else ""
+        self.text += new_text
+        return Delta(self.number, new_text, len(self.tokens), self.finish_reason)
 
     def _cut_unfinished(self, decoded: str) -> str:
         """Cut the end of a text that the next token may change, or that may begin a stop text."""
         decoded = decoded.rstrip(REPLACEMENT_CHARACTER)
         for stop in self.sampling.stop:
-            beginnings = (stop[:length] for length in range(len(stop) - 1, 0, -1))
-            decoded = next((decoded.removesuffix(part) for part in beginnings if decoded.endswith(part)), decoded)
+            # The longest beginning of the stop text that the text ends with.
+            for length in range(len(stop) - 1, 0, -1):
+                if decoded.endswith(stop[:length]):
+                    decoded = decoded[:-length]
+                    break
         return decoded.rstrip()
 
 
 class RowSampler(LogitsProcessor):
-    """Draws the next token of each row with the row's own temperature, nucleus and seed.
+    """Logits processor that draws the next token of each row with the row's own temperature, nucleus and seed.
 
-    The drawn token keeps its score and all others lose theirs, so that greedy generation takes it.  Rows of temperature
+    The drawn token keeps its score and all others lose theirs, so that greedy generation takes it. Rows of temperature
     0 keep all scores.
 
     Args:
@@ -323,7 +328,7 @@ class RowSampler(LogitsProcessor):
 
     def __init__(self, samplings: Sequence[Sampling]) -> None:
         self.samplings = samplings
-        # draws on the CPU, so that a seed gives the same answer on each device
+        # Draws on the CPU, so that a seed gives the same answer on each device.
         self.generators = [torch.Generator() for _ in samplings]
         for generator, sampling in zip(self.generators, samplings, strict=True):
             if sampling.seed is None:
@@ -338,17 +343,17 @@ class RowSampler(LogitsProcessor):
             probabilities, tokens = (
                 (scores[row].float() / sampling.temperature).softmax(dim=0).cpu().sort(descending=True)
             )
-            # the likeliest tokens whose mass before them is below top_p
+            # The likeliest tokens whose mass before them is below top_p.
             probabilities[probabilities.cumsum(dim=0) - probabilities >= sampling.top_p] = 0
             token = tokens[torch.multinomial(probabilities, 1, generator=generator)]
-            kept = scores[row, token].clone()
+            score = scores[row, token].clone()
             scores[row] = -torch.inf
-            scores[row, token] = kept
+            scores[row, token] = score
         return scores
 
 
 class RowStopper(StoppingCriteria):
-    """Passes the new token of each row on, and ends the rows that are finished.
+    """Stopping criterion that passes the new token of each row on, and ends the rows that are finished.
 
     Args:
         is_finished: gets the new tokens, returns True for rows that are finished.

@@ -1,10 +1,10 @@
 """The chat template of a tokenizer as a conversation template, so that training learns it and asking uses it.
 
-A chat template is a program in Jinja.  Its text around the turns is found by rendering conversations of known words,
-and checked by rendering others.  One whose text cannot be expressed as a `redux.conversation.Template` is refused: it
+A chat template is a program in Jinja. Its text around the turns is found by rendering conversations of known words,
+and checked by rendering others. One whose text cannot be expressed as a `redux.conversation.Template` is refused: it
 rewrites turns, or writes earlier answers in another way than the last one.
 
-Qwen3's template, asked with `enable_thinking` false, puts an empty thinking block before the last answer alone.  Here
+Qwen3's template, asked with `enable_thinking` false, puts an empty thinking block before the last answer alone. Here
 it stands before each answer, since a model learns all answers of a conversation at once.
 """
 
@@ -60,7 +60,7 @@ def set_end_token(tokenizer: PreTrainedTokenizerBase, template: Template) -> Non
         return
     token_id = tokenizer.convert_tokens_to_ids(end)
     token = tokenizer.added_tokens_decoder.get(token_id, AddedToken(end, normalized=False))
-    # decoding leaves out special tokens only
+    # Decoding leaves out special tokens only.
     token.special = True
     tokenizer.add_special_tokens({"eos_token": token})
 
@@ -73,6 +73,7 @@ def derive_template(tokenizer: PreTrainedTokenizerBase) -> Template:
     """
     if not tokenizer.chat_template:
         raise _refuse("a tokenizer without a chat template")
+    # The texts around the turns: those of the first and of a later turn must be equal.
     prefix, assistant = _render_around(tokenizer, PROBE_WORDS[:1])
     start, _, between, before_answer, tail = _render_around(tokenizer, PROBE_WORDS)
     human = between.removeprefix(tail)
@@ -94,12 +95,13 @@ def derive_template(tokenizer: PreTrainedTokenizerBase) -> Template:
         strips=_strips(tokenizer),
         has_special_tokens=True,
     )
+    # The check of renderings compares texts; this one compares token ids.
     _check_renderings(tokenizer, template)
     turns = [{"from": role, "value": text} for role, text in zip(("human", "gpt"), PROBE_WORDS[:2], strict=True)]
     try:
         encode_conversation(tokenizer, turns, template, 1)
     except ValueError:
-        # the end token takes the text after it along, as Phi-3's
+        # The end token takes the text after it along, as Phi-3's.
         template = replace(template, end=template.end + template.after, after="")
         try:
             encode_conversation(tokenizer, turns, template, 1)
@@ -123,7 +125,7 @@ def _render(tokenizer: PreTrainedTokenizerBase, texts: Sequence[str], system: st
                 enable_thinking=False,
             )
         )
-    except Exception as error:  # a chat template is a program, which may raise any error
+    except Exception as error:  # A chat template is a program, which may raise any error
         raise _refuse(f"a chat template that fails ({' '.join(str(error).split())[:200]})") from error
 
 
@@ -131,15 +133,15 @@ def _render_around(tokenizer: PreTrainedTokenizerBase, words: Sequence[str], sys
     """Render a conversation and return the texts around its words."""
     text, around = _render(tokenizer, words, system), []
     for word in [*([system] if system else []), *words]:
-        before, found, text = text.partition(word)
-        if not found or word in text:
+        before, separator, text = text.partition(word)
+        if not separator or word in text:
             raise _refuse("a chat template that leaves out or repeats a turn")
         around.append(before)
     return [*around, text]
 
 
 def _strips(tokenizer: PreTrainedTokenizerBase) -> bool:
-    """Tell if a chat template removes blanks around all turns.  No template itself writes a tab there."""
+    """Return True if a chat template removes blanks around all turns. No template itself writes a tab there."""
     text = _render(tokenizer, [f"\t{word}\t" for word in PROBE_WORDS])
     return all(f"\t{word}" not in text and f"{word}\t" not in text for word in PROBE_WORDS)
 
@@ -147,12 +149,12 @@ def _strips(tokenizer: PreTrainedTokenizerBase) -> bool:
 def _find_end(tokenizer: PreTrainedTokenizerBase, tail: str) -> str:
     """Return the text after an answer up to its first special token, which ends the answer."""
     tokens = {str(token) for token in (*tokenizer.all_special_tokens, *tokenizer.added_tokens_decoder.values())}
-    first = len(tail) - len(tail.lstrip())
-    # of tokens that begin alike, the longest
-    length = max((len(token) for token in tokens if token.strip() and tail.startswith(token, first)), default=0)
+    start = len(tail) - len(tail.lstrip())
+    # Of tokens that begin alike, the longest.
+    length = max((len(token) for token in tokens if token.strip() and tail.startswith(token, start)), default=0)
     if not length:
         raise _refuse(f"a chat template with {_show(tail)} after an answer, which does not begin with a special token")
-    return tail[: first + length]
+    return tail[: start + length]
 
 
 def _find_system_message(tokenizer: PreTrainedTokenizerBase, human: str) -> tuple[str, str] | None:

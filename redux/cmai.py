@@ -1,16 +1,17 @@
 """Cross-Modality Attention Inhibition: the pairs of text and image tokens that a layer may not attend to.
 
 In every layer of the language model a text token may attend only to the image tokens that matter to it: those whose
-focus score F = A_n2i + A_t2i (`redux.focus`) reaches the gamma-th quantile of its row.  The other pairs get minus
-infinity before the softmax (`redux.attention`), which then renormalises the row.  The mask is a threshold, so no
-gradient flows through F.  A pair whose score equals the threshold stays, so recomputed activations give the same mask.
-Rows up to the first text after an image lose nothing and are skipped.  A `FocusCache` keeps the rows of A_t2i with the
-keys and values, so decoding (`redux.decoding`) equals the full forward pass.  `redux.plugin` finds the image tokens.
+focus score F = A_n2i + A_t2i (`redux.focus`) reaches the gamma-th quantile of its row. The other pairs get minus
+infinity before the softmax (`redux.attention`), which then renormalises the row. The mask is a threshold, so no
+gradient flows through F. A pair at the threshold stays. The mask has no random part, so recomputed activations give the
+same mask. Rows up to the first text after an image lose nothing and are skipped. A `FocusCache` keeps the rows of A_t2i
+with the keys and values, so decoding (`redux.decoding`) equals the full forward pass. `redux.plugin` finds the image
+tokens.
 
-`CMAI` has an option wherever the paper is silent or contradicts itself.  The paper calls QK^T the attention score and
-then treats A as weights.  A product of signed scores is not a weighting, so the default is weights.  One mask serves
+`CMAI` has an option wherever the paper is silent or contradicts itself. The paper calls QK^T the attention score and
+then treats A as weights. A product of signed scores is not a weighting, so the default is weights. One mask serves
 all heads, since the paper's A is a mean, and a mask for each head would be the heads x text x image map avoided here.
-`heads` makes such masks for comparison, by plain code: each head of a sequence counts as a sequence.  Neighbours
+`heads` makes such masks for comparison, by plain code: each head of a sequence counts as a sequence. Neighbours
 include text of earlier turns and text about other images.
 
 Shapes: batch, heads, kv_heads, rows (queries of this call), keys (all tokens so far), image (columns of image tokens),
@@ -20,7 +21,7 @@ masks (batch, or 1 if all sequences share a mask).
 from collections.abc import Iterator
 from contextlib import contextmanager
 from contextvars import ContextVar
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass
 from functools import cached_property
 from typing import Any
 
@@ -28,14 +29,15 @@ import torch
 from jaxtyping import Bool, Float, Int, UInt8
 from torch import Tensor
 
-from redux.decoding import DecodingStep, mask_heads, select_heads
+from redux.decoding import DecodingStep
 from redux.focus import (
     focus_score,
     mean_attention_scores,
     mean_attention_weights,
     select_above_quantile,
 )
-from redux.focus_cache import FocusRows, HeadRows
+from redux.focus_cache import FocusRows
+from redux.headwise_mask import HeadwiseMask
 from redux.parallel import mean_over_ranks
 from redux.settings import CMAI
 
@@ -43,9 +45,6 @@ Decisions = dict[int, Bool[Tensor, "batch mask_heads keys keys"]]
 """Pairs that stay, by layer, one mask for all heads or one for each; layers that inhibit nothing are missing."""
 
 _recorded: ContextVar[Decisions | None] = ContextVar("recorded decisions", default=None)
-
-DEVICE_FIELDS = ("is_image", "columns", "valid")
-"""Fields of an `Inhibition` that are tensors."""
 
 
 @contextmanager
@@ -63,12 +62,12 @@ def record_decisions() -> Iterator[Decisions]:
 
 
 def is_recording() -> bool:
-    """Tell if `record_decisions` is active, so that decisions must be made by plain code."""
+    """Return True if `record_decisions` is active, so that decisions must be made by plain code."""
     return _recorded.get() is not None
 
 
-@dataclass(frozen=True)
-class Inhibition:
+@dataclass(frozen=True, kw_only=True)
+class Inhibition(HeadwiseMask):
     """The inhibition of one forward pass, shared by all layers.
 
     Args:
@@ -82,23 +81,10 @@ class Inhibition:
         copies: this inhibition on other devices, for a model that lies on several.
     """
 
-    cmai: CMAI
-    gammas: tuple[float, ...]
-    is_image: Bool[Tensor, "batch keys"]
-    columns: Int[Tensor, "batch image"]
-    valid: Bool[Tensor, "batch image"]
-    first_text_row: int
-    cache: Any
-    copies: dict[torch.device, "Inhibition"] = field(default_factory=dict, repr=False, compare=False)
+    SEQUENCE_FIELDS = ("is_image", "columns", "valid")
 
-    def to(self, device: Any, non_blocking: bool = False) -> "Inhibition":
-        """Return the inhibition on another device, copied once for all layers there.  accelerate's hooks call it."""
-        if (device := torch.device(device)) == self.columns.device:
-            return self
-        if device not in self.copies:
-            tensors = {name: getattr(self, name).to(device, non_blocking=non_blocking) for name in DEVICE_FIELDS}
-            self.copies[device] = replace(self, **tensors)
-        return self.copies[device]
+    is_image: Bool[Tensor, "batch keys"]
+    first_text_row: int
 
     @classmethod
     def for_forward(
@@ -123,12 +109,14 @@ class Inhibition:
         """
         decoding = cache is not None and cache.has_tokens()
         is_active = cmai.active != ("inference" if training else "training") and (cmai.generated or not decoding)
+        # A decoded token, whose image tokens are known.
         if cache is not None and cache.needs_count(is_image.shape[1]):
             assert cache.is_image is not None
             cache.set_columns(*_locate_image_tokens(cache.is_image))
         if cache is not None and cache.is_ready(is_image.shape[1]):
             step = DecodingStep.begin(cmai, cmai.compute_gammas(num_layers), cache, is_image)
             return step if is_active else None
+        # Many tokens: the cache counts them even if CMAI is not active.
         if cache is not None:
             is_image = cache.add_tokens(is_image)
         if not is_active:
@@ -138,12 +126,19 @@ class Inhibition:
             cache.set_columns(columns, count, first_text_row)
         if first_text_row == is_image.shape[1]:
             return None
-        valid = is_image.gather(1, columns)
-        return cls(cmai, cmai.compute_gammas(num_layers), is_image, columns, valid, first_text_row, cache)
+        return cls(
+            cmai=cmai,
+            gammas=cmai.compute_gammas(num_layers),
+            cache=cache,
+            is_image=is_image,
+            columns=columns,
+            valid=is_image.gather(1, columns),
+            first_text_row=first_text_row,
+        )
 
     @cached_property
     def image_index(self) -> Int[Tensor, "batch keys"]:
-        """Index of each image token among those of its sequence; -1 for text.  Computed once for all layers."""
+        """Index of each image token among those of its sequence; -1 for text. Computed once for all layers."""
         return (self.is_image.cumsum(dim=1) - 1).masked_fill(~self.is_image, -1).int()
 
     @cached_property
@@ -163,35 +158,13 @@ class Inhibition:
         bias: Float[Tensor, "masks 1 rows keys"] | None = None,
         mesh: Any = None,
     ) -> Bool[Tensor, "batch mask_heads rows keys"]:
-        """Compute the pairs that stay in one layer: one mask for all heads, or one for each if `CMAI.heads` says so.
-
-        Args:
-            layer: index of the layer.
-            query: queries of the new tokens.
-            key: keys of all tokens so far.
-            visible: pairs that the causal mask leaves.
-            scale: factor of the scores.
-            bias: values to add to the scores.
-            mesh: ranks that share the heads, see `redux.parallel`.
-
-        Returns:
-            False for pairs of a text row and an image key whose focus is below the row's quantile, else True.
-        """
-
-        def mean_mask(
-            query: Tensor, key: Tensor, visible: Tensor, bias: Tensor | None, num_heads: int | None
-        ) -> Tensor:
-            if num_heads is None:
-                return self._compute_mean_mask(layer, query, key, visible, scale, bias, mesh)
-            return self._repeat_for_heads(num_heads)._compute_mean_mask(layer, query, key, visible, scale, bias, None)
-
-        heads = select_heads(self.cmai, layer, query.shape[1], mesh)
-        mask = mask_heads(heads, query, key, visible, bias, mean_mask)
+        """Compute the pairs that stay in one layer, and record them in `record_decisions`."""
+        mask = super().compute_mask(layer, query, key, visible, scale, bias, mesh)
         if (decisions := _recorded.get()) is not None:
             decisions[layer] = mask
         return mask
 
-    def _compute_mean_mask(
+    def _compute_shared_mask(
         self,
         layer: int,
         query: Float[Tensor, "batch heads rows head_dim"],
@@ -205,33 +178,27 @@ class Inhibition:
         batch, _, rows, _ = query.shape
         keys = key.shape[2]
         mask = visible.new_ones(batch, rows, keys)
-        # rows before the first text after an image lose nothing
+        # Rows before the first text after an image lose nothing.
         start = max(self.first_text_row - (keys - rows), 0)
         query = query[:, :, start:]
         visible_rows = visible[:, 0].expand(batch, rows, keys)[:, start:]
         if bias is not None:
             bias = bias[:, 0].expand(batch, rows, keys)[:, start:]
-        # A, and its columns of image tokens
+        # A, and its columns of image tokens.
         attention = self._mean_attention(query, key, visible_rows, scale, bias, mesh)
         is_text_row = ~self.is_image[:, keys - rows + start :]
         columns = self.columns.unsqueeze(1).expand(-1, rows - start, -1)
         t2i = attention.gather(2, columns) * (is_text_row.unsqueeze(-1) & self.valid.unsqueeze(1))
-        # the focus score, and its quantile in each row
+        # The focus score, and its quantile in each row.
         focus = t2i
         if self.cmai.focus != "tia":
             focus = focus_score(self._text_to_text(attention, visible_rows), t2i, self._cached_t2i(layer, t2i))
         candidates = visible_rows.gather(2, columns) & self.valid.unsqueeze(1)
         kept = select_above_quantile(focus, candidates, self.gammas[layer], self.cmai.quantile)
-        # padded columns point at text keys, which are never inhibited
+        # Padded columns point at text keys, which are never inhibited.
         kept = kept | ~is_text_row.unsqueeze(-1) | ~self.valid.unsqueeze(1)
         mask[:, start:].scatter_(2, columns, kept)
         return mask.unsqueeze(1)
-
-    def _repeat_for_heads(self, num_heads: int) -> "Inhibition":
-        """Return the inhibition of the sequences of `fold_heads`."""
-        tensors = {name: getattr(self, name).repeat_interleave(num_heads, dim=0) for name in DEVICE_FIELDS}
-        cache = self.cache if self.cache is None else HeadRows(self.cache, num_heads)
-        return replace(self, **tensors, cache=cache, copies={})
 
     @torch.no_grad()
     def compute_key_mask(
@@ -259,12 +226,14 @@ class Inhibition:
         from redux.kernels.mean_attention import mean_attention
         from redux.kernels.selection import drop_below_quantile
 
-        start, length, num_columns = self.first_text_row, query.shape[2], self.columns.shape[1]
+        start = self.first_text_row
+        length = query.shape[2]
+        num_columns = self.columns.shape[1]
         cache = None if self.cmai.focus == "tia" else self.cache
         if cache is None or mesh is not None:
             t2i = query.new_zeros(len(query), length - start, num_columns, dtype=torch.float32)
         else:
-            # the kernel writes where the cache keeps the rows, which saves two launches; unused columns are zero there
+            # The kernel writes where the cache keeps the rows, which saves two launches; unused columns are zero there.
             t2i = cache.prepare_rows(layer, length, query)[:, :, :num_columns]
         factor = 1.0 if self.cmai.scores == "scores" else scale
         weights, neighbours = self.cmai.scores == "weights", self.cmai.focus == "neighbourhood"
@@ -275,7 +244,7 @@ class Inhibition:
                 cache.append_rows(layer, t2i)
         focus = t2i
         if t2t is not None:
-            focus = torch.baddbmm(t2i, mean_over_ranks(t2t, mesh), t2i)  # eq. 9, 10, 11
+            focus = torch.baddbmm(t2i, mean_over_ranks(t2t, mesh), t2i)  # Eq. 9, 10, 11
         elif self.cmai.focus != "tia":
             visible = build_causal_mask(padding, length, query.device).expand(len(t2i), 1, -1, -1)[:, 0, start:]
             focus = focus_score(self._text_to_text(visible.to(t2i.dtype), visible), t2i, t2i)
@@ -301,7 +270,7 @@ class Inhibition:
         weights = mean_over_ranks(mean_attention_weights(query, key, visible, scale, bias), mesh)
         if self.cmai.preamble:
             return weights
-        # without the preamble, weights from the first visible image on; packed rows hold several conversations
+        # Without the preamble, weights from the first visible image on; packed rows hold several conversations.
         weights = weights * ((visible & self.is_image.unsqueeze(1)).cumsum(dim=2) > 0)
         return weights / weights.sum(dim=-1, keepdim=True).clamp_min(torch.finfo(weights.dtype).tiny)
 
@@ -313,7 +282,7 @@ class Inhibition:
             case "sum":
                 return visible.to(attention.dtype)
             case "discounted":
-                # count text tokens only; the row's own token is the last that it sees
+                # Count text tokens only; the row's own token is the last that it sees.
                 position = (visible & ~self.is_image.unsqueeze(1)).cumsum(dim=2)
                 distance = (position[:, :, -1:] - position).to(attention.dtype)
                 return self.cmai.discount**distance * visible
@@ -336,7 +305,7 @@ def _locate_image_tokens(
     text_after_image = (~is_image & (is_image.cumsum(dim=1) > 0)).any(dim=0)
     count = is_image.sum(dim=1, keepdim=True)
     num_columns, first_text_row = torch.stack([count.max(), (~text_after_image).cumprod(dim=0).sum()]).tolist()
-    # a stable sort of the flags lists image positions first, in their order
+    # A stable sort of the flags lists image positions first, in their order.
     columns = is_image.long().argsort(dim=1, descending=True, stable=True)[:, :num_columns].contiguous()
     return columns, count, first_text_row
 

@@ -1,6 +1,6 @@
 """The configuration of a LLaVA with VMTC and CMAI, and the configurations of models that are built from sizes.
 
-`ReduxConfig` extends transformers' LlavaConfig.  A plain LLaVA's config.json loads as it is, and plain transformers
+`ReduxConfig` extends transformers' LlavaConfig. A plain LLaVA's config.json loads as it is, and plain transformers
 opens what is saved here, without the settings of the method.
 """
 
@@ -24,7 +24,7 @@ class ReduxConfig(LlavaConfig):
         image_aspect_ratio: "pad" or "crop", the method that made training images square; None if unknown.
     """
 
-    # transformers accepts any other keyword, which the signature does not show; runtime type checkers would refuse it
+    # transformers accepts any other keyword, which the signature does not show; runtime type checkers would refuse it.
     __no_type_check__ = True
 
     vmtc: dict | None = None
@@ -34,7 +34,7 @@ class ReduxConfig(LlavaConfig):
     image_aspect_ratio: ImageAspectRatio | None = None
 
     def __post_init__(self, **kwargs: Any) -> None:
-        # settings are stored as dictionaries, since a configuration is saved as JSON
+        # Settings are stored as dictionaries, since a configuration is saved as JSON.
         for name, settings_class in METHODS.items():
             value = getattr(self, name)
             if isinstance(value, settings_class):
@@ -46,7 +46,7 @@ class ReduxConfig(LlavaConfig):
                     f"{name}: got {value!r}, allowed: redux.{settings_class.__name__}, a dictionary of its fields or "
                     "None"
                 )
-        # transformers builds vision_config and text_config here; all checks below read them
+        # transformers builds vision_config and text_config here; all checks below read them.
         super().__post_init__(**kwargs)
         num_layers, layers_read = self.vision_config.num_hidden_layers, self.vision_feature_layer
         for layer in [layers_read] if isinstance(layers_read, int) else layers_read:
@@ -58,7 +58,7 @@ class ReduxConfig(LlavaConfig):
         for name, allowed in choices.items():
             if (value := getattr(self, name)) not in (None, *allowed):
                 raise ValueError(f"{name}: got {value!r}, allowed: {', '.join(allowed)} or None")
-        # read the settings once, so that an error is raised before any weight is built
+        # Read the settings once, so that an error is raised before any weight is built.
         self.method_settings("cmai")
         self.image_seq_length = self.num_visual_tokens + (self.keeps_class_token and self.has_class_token)
 
@@ -82,7 +82,7 @@ class ReduxConfig(LlavaConfig):
         if wrong := (values.keys() - known) | (required - values.keys()):
             problem = "got" if wrong & values.keys() else "missing"
             raise ValueError(f"{name}: {problem} {', '.join(sorted(wrong))}, allowed: {', '.join(sorted(known))}")
-        # JSON has lists only, the settings have tuples
+        # JSON has lists only, the settings have tuples.
         return METHODS[name](
             **{key: tuple(value) if isinstance(value, list) else value for key, value in values.items()}
         )
@@ -97,7 +97,7 @@ class ReduxConfig(LlavaConfig):
         """Visual tokens of one image that reach the language model, without a class token."""
         if reduction := self.method_settings("reduction"):
             return reduction.count_tokens(self.num_patches)
-        return next((stage.out for stage in reversed(self.compression_stages.values())), self.num_patches)
+        return next((stage.num_tokens_out for stage in reversed(self.compression_stages.values())), self.num_patches)
 
     @property
     def keeps_class_token(self) -> bool:
@@ -106,7 +106,7 @@ class ReduxConfig(LlavaConfig):
 
     @property
     def has_class_token(self) -> bool:
-        """True if the tower puts a class token first.  CLIP's towers do, SigLIP's do not."""
+        """True if the tower puts a class token first. CLIP's towers do, SigLIP's do not."""
         return "siglip" not in self.vision_config.model_type
 
     @property
@@ -137,7 +137,7 @@ def build_config(model: ModelSettings, vocab_size: int, **special_tokens: int) -
     assert isinstance(model.tower, TowerSizes)
     assert isinstance(model.language, LanguageSizes)
     sizes = dataclasses.asdict(model.language)
-    # "small init" (Nguyen & Salazar 2019, arXiv 1910.05895); where dim is small, LLaMA's fixed 0.02 learns far slower
+    # "small init" (Nguyen & Salazar 2019, arXiv 1910.05895); where dim is small, LLaMA's fixed 0.02 learns far slower.
     spread = (2 / (5 * model.language.hidden_size)) ** 0.5
     return ReduxConfig(
         vision_config=build_vision_config(model.tower).to_dict(),

@@ -13,9 +13,9 @@ from redux.configuration import build_caption_config, build_vision_config
 
 
 def build_clip(tower: TowerSizes, tokenizer: PreTrainedTokenizerBase) -> CLIPModel:
-    """Build a CLIP with random weights for captions of at most CLIP_MAX_LENGTH tokens.  Seed torch before."""
+    """Build a CLIP with random weights for captions of at most CLIP_MAX_LENGTH tokens. Seed torch before."""
     if tokenizer.eos_token_id == 2:
-        # for id 2 transformers' CLIP pools at the largest id instead of the end token, as old checkpoints need
+        # For id 2 transformers' CLIP pools at the largest id instead of the end token, as old checkpoints need.
         raise ValueError("tokenizer: </s> has number 2, allowed: any other, or CLIP's text tower reads the wrong token")
     config = CLIPConfig(
         text_config=build_caption_config(tower, tokenizer).to_dict(),
@@ -38,7 +38,7 @@ class ContrastiveClip(nn.Module):
         super().__init__()
         self.scale = nn.Parameter(clip.logit_scale.detach().reshape(1).clone())
         del clip.logit_scale
-        # CLIPModel reads the name, so a buffer stands in for the parameter
+        # CLIPModel reads the name, so a buffer stands in for the parameter.
         clip.register_buffer("logit_scale", self.scale.detach()[0].clone())
         self.clip = clip
 

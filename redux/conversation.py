@@ -1,11 +1,11 @@
 """Convert LLaVA conversations to token ids and labels.
 
-The whole conversation is tokenized once, and labels follow from the character spans of the assistant's text.  LLaVA
+The whole conversation is tokenized once, and labels follow from the character spans of the assistant's text. LLaVA
 tokenizes pieces and adds up their lengths; if a tokenizer merges across two pieces, the lengths disagree and the sample
-is silently masked.  Here a token across the end of a span is an error that names the token.
+is silently masked. Here a token across the end of a span is an error that names the token.
 
-A conversation is a list of turns {"from": "human" | "gpt", "value": text} in which `<image>` stands for the image.  As
-in LLaVA's trainer, `<image>` moves to the front of its turn, on a line of its own.  A first turn {"from": "system"}
+A conversation is a list of turns {"from": "human" | "gpt", "value": text} in which `<image>` stands for the image. As
+in LLaVA's trainer, `<image>` moves to the front of its turn, on a line of its own. A first turn {"from": "system"}
 replaces the system message of the template.
 """
 
@@ -17,12 +17,12 @@ import numpy as np
 from tokenizers import Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers, processors, trainers
 
 if TYPE_CHECKING:
-    # readers of conversations do without transformers
+    # Readers of conversations do without transformers.
     from transformers import PreTrainedTokenizerBase, PreTrainedTokenizerFast
 
 IMAGE_TOKEN = "<image>"
 EOS_TOKEN = "</s>"
-"""Vicuna's end token.  In a template it stands for the end token of the tokenizer in use."""
+"""Vicuna's end token. In a template it stands for the end token of the tokenizer in use."""
 
 IGNORE_INDEX = -100
 """Label of tokens that are not predicted; torch's cross-entropy ignores it."""
@@ -33,7 +33,7 @@ CLIP_MAX_LENGTH = 77
 
 @dataclass(frozen=True, kw_only=True)
 class Template:
-    """Text around the turns of a conversation.  The model learns `answer`, the assistant's text and `end`.
+    """Text around the turns of a conversation. The model learns `answer`, the assistant's text and `end`.
 
     Args:
         system: text at the start of the conversation.
@@ -69,7 +69,7 @@ class Template:
         """
         end = self.end.replace(EOS_TOKEN, eos)
         system, turns = split_system(turns)
-        # LLaVA's stage 1 (an empty `human`) keeps nothing but the image and its caption
+        # LLaVA's stage 1 (an empty `human`) keeps nothing but the image and its caption.
         template = self.replace_system(system) if system is not None and self.human else self
         yield template.system, False
         for number, turn in enumerate(turns):
@@ -112,7 +112,7 @@ def split_system(turns: Sequence[dict]) -> tuple[str | None, Sequence[dict]]:
 def move_image_to_front(text: str) -> str:
     r"""Move `<image>` to the front of its turn, as LLaVA's trainer does before anything else.
 
-    The result has it once, and the rest of the turn on the next line, stripped.  A turn without it stays unchanged.
+    The result has it once, and the rest of the turn on the next line, stripped. A turn without it stays unchanged.
 
     >>> move_image_to_front("What is this? <image>\n")
     '<image>\nWhat is this?'
@@ -155,7 +155,7 @@ def encode_conversation(
         max_length: limit of tokens, image tokens included, where LLaVA cuts; None keeps all.
 
     Returns:
-        (input_ids, labels), each (length,) int64.  Labels are IGNORE_INDEX except on the assistant's text.
+        (input_ids, labels), each (length,) int64. Labels are IGNORE_INDEX except on the assistant's text.
 
     Raises:
         ValueError: the cut would go through an image, or leave no text of the assistant.
@@ -215,8 +215,8 @@ def label_pieces(
     """Encode the pieces (text, is_learned) of a conversation, without a limit of tokens; see `encode_pieces`."""
     text = "".join(piece for piece, _ in pieces)
     ids, start, end = _tokenize(tokenizer, text, add_special_tokens)
-    # learned_before[c]: learned characters before character c; a token has the difference of two of them
-    # by character, since tokens do not respect the borders of pieces
+    # learned_before[c]: learned characters before character c; a token has the difference of two of them.
+    # By character, since tokens do not respect the borders of pieces.
     is_learned = np.repeat([is_learned for _, is_learned in pieces], [len(piece) for piece, _ in pieces])
     learned_before = np.zeros(len(text) + 1, np.int64)
     np.cumsum(is_learned, out=learned_before[1:])
@@ -227,10 +227,10 @@ def label_pieces(
         raise ValueError(
             f"token {text[characters]!r} at character {characters.start} is partly the assistant's, partly not"
         )
-    # an image of an assistant's turn is input, not a prediction
+    # An image of an assistant's turn is input, not a prediction.
     image_id = tokenizer.convert_tokens_to_ids(IMAGE_TOKEN)
     labels = np.where((learned > 0) & (ids != image_id), ids, IGNORE_INDEX)
-    # the processor of transformers repeats the token in the same way
+    # The processor of transformers repeats the token in the same way.
     repeats = np.where(ids == image_id, image_tokens, 1)
     return LabelledTokens(*(column.repeat(repeats) for column in (ids, labels, start, end)))
 
@@ -240,13 +240,13 @@ def _cut(
 ) -> tuple[np.ndarray, np.ndarray]:
     """Cut a conversation off; arguments, result and errors are those of `encode_conversation`."""
     ids, labels = tokens.ids, tokens.labels
-    # images have their full length here
+    # Images have their full length here.
     if max_length is None or len(ids) <= max_length:
         return ids, labels
     image_id = tokenizer.convert_tokens_to_ids(IMAGE_TOKEN)
     if (ids[max_length:] == image_id).any():
         raise ValueError(f"{len(ids)} tokens, cut off after {max_length} within or before the image")
-    if (labels[:max_length] == IGNORE_INDEX).all():  # a batch of such samples would have no loss
+    if (labels[:max_length] == IGNORE_INDEX).all():  # A batch of such samples would have no loss
         raise ValueError(f"{len(ids)} tokens, cut off after {max_length} before any answer")
     return ids[:max_length], labels[:max_length]
 
@@ -266,16 +266,16 @@ def _tokenize(
     image_id = tokenizer.convert_tokens_to_ids(IMAGE_TOKEN)
     ids: list[int] = []
     spans: list[np.ndarray] = []
-    first = 0  # first character of the part
+    offset = 0  # First character of the part
     for number, part in enumerate(parts):
-        # the begin token belongs to the first part only
+        # The begin token belongs to the first part only.
         encoded = tokenizer(part, add_special_tokens=add_special_tokens and number == 0, return_offsets_mapping=True)
         ids += encoded["input_ids"]
-        spans.append(np.asarray(encoded["offset_mapping"], np.int64).reshape(-1, 2) + first)
-        first += len(part) + len(IMAGE_TOKEN)
+        spans.append(np.asarray(encoded["offset_mapping"], np.int64).reshape(-1, 2) + offset)
+        offset += len(part) + len(IMAGE_TOKEN)
         if number < len(parts) - 1:
             ids.append(image_id)
-            spans.append(np.array([[first - len(IMAGE_TOKEN), first]]))
+            spans.append(np.array([[offset - len(IMAGE_TOKEN), offset]]))
     start, end = np.concatenate(spans).T
     return np.asarray(ids, np.int64), start, end
 
@@ -300,11 +300,11 @@ def train_word_tokenizer(texts: Iterable[str], max_length: int) -> "PreTrainedTo
     """
     from transformers import PreTrainedTokenizerFast
 
-    # "</s>" must not have id 2: transformers' CLIP text tower then pools at the largest id instead of the end token
+    # "</s>" must not have id 2: transformers' CLIP text tower then pools at the largest id instead of the end token.
     special = ["<unk>", "<s>", "<pad>", "</s>", IMAGE_TOKEN]
     tokenizer = Tokenizer(models.WordLevel(unk_token="<unk>"))
     tokenizer.normalizer = normalizers.Replace(Regex(" +"), " ")
-    # I'm, << and the like stay one token, since decoding puts blanks between tokens
+    # I'm, << and the like stay one token, since decoding puts blanks between tokens.
     tokenizer.pre_tokenizer = pre_tokenizers.Split(
         Regex(r"\n|\w+'\w+|\w+:?|<<|>>|\*{6}|[^\w\s]"), "removed", invert=True
     )

@@ -1,7 +1,7 @@
 """Convert a LLaVA checkpoint to the parameter names and the layout of transformers.
 
-Two kinds of checkpoints have the right weights under names that transformers does not know.  One kind was saved from a
-wrapped model (DDP, torch.compile, PEFT).  The other is that of the LLaVA repository, which has one configuration, for
+Two kinds of checkpoints have the right weights under names that transformers does not know. One kind was saved from a
+wrapped model (DDP, torch.compile, PEFT). The other is that of the LLaVA repository, which has one configuration, for
 the language model, and mostly no image tower.
 """
 
@@ -69,7 +69,7 @@ def convert_checkpoint(source: str | PathLike) -> tuple[ReduxForConditionalGener
 
 
 def read_weights(folder: Path) -> dict[str, Tensor]:
-    """Read all weights of a folder, from safetensors files or else PyTorch's.  ValueError if there are none.
+    """Read all weights of a folder, from safetensors files or else PyTorch's. ValueError if there are none.
 
     PyTorch's files are read with `weights_only`, which runs no code.
     """
@@ -85,7 +85,7 @@ def read_weights(folder: Path) -> dict[str, Tensor]:
 
 
 def _build_from_weights(config: ReduxConfig, weights: dict[str, Tensor], folder: Path) -> ReduxForConditionalGeneration:
-    # weights keep their dtype
+    # Weights keep their dtype.
     dtype = next(iter(weights.values())).dtype
     model, loading_info = ReduxForConditionalGeneration.from_pretrained(
         None, config=config, state_dict=weights, dtype=dtype, output_loading_info=True, ignore_mismatched_sizes=True
@@ -102,11 +102,11 @@ def _convert_layout(
     If the checkpoint has no image tower, the tower is loaded from the source that its configuration names.
     """
     tower = load_part("mm_vision_tower", config["mm_vision_tower"], TOWER_CLASSES, next(iter(weights.values())).dtype)
-    # most checkpoints were trained with a frozen tower and saved without it
+    # Most checkpoints were trained with a frozen tower and saved without it.
     if not any(name.startswith(TOWER_PREFIX) for name in weights):
         weights |= {f"{TOWER_PREFIX}vision_model.{name}": weight for name, weight in tower.state_dict().items()}
     renamed = {_rename_parameter(name): weight for name, weight in weights.items()}
-    # its config.json is that of the language model, with fields mm_* for all else
+    # Its config.json is that of the language model, with fields mm_* for all else.
     text_config = LlamaConfig(**{name: value for name, value in config.items() if not name.startswith("mm_")})
     prepare_tokenizer(tokenizer, text_config, folder)
     aspect_ratio = config.get("image_aspect_ratio") or "square"

@@ -1,14 +1,14 @@
 """Cost of a configuration: floating-point operations by part, and bytes of the caches.
 
-A search over settings computes this thousands of times, also for models that do not fit on its machine.  So no model is
+A search over settings computes this thousands of times, also for models that do not fit on its machine. So no model is
 built or run: every number follows from the configuration alone, in about a millisecond.
 
 FLOPs are those that torch's FlopCounterMode counts in the forward pass: two for each multiply-add of matrix products,
-convolutions and attention.  They are exact; the tests require equality.  As in FlopCounterMode, attention under a
-causal mask counts in full, and norms, softmax, sorting and gathering count nothing.  So FLOPs measure work, not time:
+convolutions and attention. They are exact; the tests require equality. As in FlopCounterMode, attention under a
+causal mask counts in full, and norms, softmax, sorting and gathering count nothing. So FLOPs measure work, not time:
 the softmax of each head's map and the sort of each row of focus, two costs of CMAI, are not included.
 
-Towers are CLIP's or SigLIP's ViT.  Language models are of LLaMA's build: gated MLPs, keys and values of all tokens in
+Towers are CLIP's or SigLIP's ViT. Language models are of LLaMA's build: gated MLPs, keys and values of all tokens in
 every layer, and any number of key heads.
 """
 
@@ -106,7 +106,7 @@ def compute_step_cost(
 ) -> Cost:
     """Compute the cost of the first generated token after the prompt of `compute_cost`, on its caches.
 
-    Arguments are those of `compute_cost`.  Bytes are those after the token.  FLOPs and kv_bytes of a later token are
+    Arguments are those of `compute_cost`. Bytes are those after the token. FLOPs and kv_bytes of a later token are
     those of the first token after a longer prompt.
     """
     image_tokens = images * _tokens_per_image(config)
@@ -128,7 +128,7 @@ def matmul_flops(rows: int, inner: int, columns: int) -> int:
 
 
 def attention_flops(rows: int, keys: int, width: int) -> int:
-    """FLOPs of scaled-dot-product attention: QK^T, and weights by V.  `width` is that of all heads together."""
+    """FLOPs of scaled-dot-product attention: QK^T, and weights by V. `width` is that of all heads together."""
     return matmul_flops(rows, width, keys) + matmul_flops(rows, keys, width)
 
 
@@ -141,14 +141,14 @@ def _tower_flops(config: ReduxConfig, stages: tuple[CompressionStage, ...]) -> i
     """FLOPs of the blocks in use, on the tokens that VMTC leaves."""
     tower, prefix = config.vision_config, int(config.has_class_token)
     dim = tower.hidden_size
-    out = {stage.block: stage.out for stage in stages}
+    out = {stage.block: stage.num_tokens_out for stage in stages}
     reduction = config.method_settings("reduction")
     resizes = reduction is not None and reduction.method == "resize"
     patches = config.num_visual_tokens if resizes else config.num_patches
-    flops = matmul_flops(patches, tower.num_channels * tower.patch_size**2, dim)  # convolution into patches
+    flops = matmul_flops(patches, tower.num_channels * tower.patch_size**2, dim)  # Convolution into patches
     tokens = prefix + patches
     for block in range(config.num_blocks_used):
-        flops += 4 * matmul_flops(tokens, dim, dim)  # queries, keys, values, output
+        flops += 4 * matmul_flops(tokens, dim, dim)  # Queries, keys, values, output
         flops += attention_flops(tokens, tokens, dim)
         if block in out:
             tokens = prefix + out[block]  # VMTC works between attention and MLP
@@ -159,7 +159,7 @@ def _tower_flops(config: ReduxConfig, stages: tuple[CompressionStage, ...]) -> i
 def _compression_flops(config: ReduxConfig, stages: tuple[CompressionStage, ...]) -> int:
     vmtc, reduction = config.method_settings("vmtc"), config.method_settings("reduction")
     if vmtc:
-        inputs = (config.num_patches, *(stage.out for stage in stages))
+        inputs = (config.num_patches, *(stage.num_tokens_out for stage in stages))
         return sum(_stage_flops(config, vmtc, stage, patches) for stage, patches in zip(stages, inputs, strict=False))
     return _reduction_flops(config, reduction) if reduction else 0
 
@@ -171,7 +171,7 @@ def _stage_flops(config: ReduxConfig, vmtc: VMTC, stage: CompressionStage, patch
     if not stage.clusters:
         return importance
     seeds = (stage.clusters - 1) * matmul_flops(redundant, dim, 1) if vmtc.seeds == "farthest" else 0
-    # K-means assigns once more than it updates centroids
+    # K-means assigns once more than it updates centroids.
     assigning = (vmtc.iterations + 1) * matmul_flops(redundant, dim, stage.clusters)
     centroids = vmtc.iterations * matmul_flops(stage.clusters, redundant, dim)
     merging = matmul_flops(stage.clusters, redundant, dim)
@@ -181,12 +181,12 @@ def _stage_flops(config: ReduxConfig, vmtc: VMTC, stage: CompressionStage, patch
 def _reduction_flops(config: ReduxConfig, reduction: Reduction) -> int:
     patches, dim = config.num_patches, config.vision_config.hidden_size
     out = reduction.count_tokens(patches)
-    if reduction.method in ("stride", "random", "resize"):  # they select tokens or pixels without a product
+    if reduction.method in ("stride", "random", "resize"):  # They select tokens or pixels without a product
         return 0
     mixing = matmul_flops(out, patches, dim)
     if reduction.method != "prumerge":
         return mixing
-    last = matmul_flops(1, dim, dim) + matmul_flops(patches + 1, dim, dim)  # a query and all keys of the last block
+    last = matmul_flops(1, dim, dim) + matmul_flops(patches + 1, dim, dim)  # A query and all keys of the last block
     importance = matmul_flops(1, dim, patches + 1)
     similarity = matmul_flops(out - 1, dim, patches)
     return last + importance + similarity + mixing
@@ -210,10 +210,10 @@ def _language_flops(config: ReduxConfig, rows: int, keys: int, logits: int) -> i
     """
     text = config.text_config
     hidden, queries, key_width = text.hidden_size, text.num_attention_heads * _head_dim(text), _key_width(text)
-    layer = 2 * matmul_flops(rows, hidden, queries)  # queries, output
-    layer += 2 * matmul_flops(rows, hidden, key_width)  # keys, values
+    layer = 2 * matmul_flops(rows, hidden, queries)  # Queries, output
+    layer += 2 * matmul_flops(rows, hidden, key_width)  # Keys, values
     layer += attention_flops(rows, keys, queries)
-    layer += 3 * matmul_flops(rows, hidden, text.intermediate_size)  # gate, up, down
+    layer += 3 * matmul_flops(rows, hidden, text.intermediate_size)  # Gate, up, down
     return text.num_hidden_layers * layer + matmul_flops(logits, hidden, text.vocab_size)
 
 
@@ -224,11 +224,11 @@ def _inhibition_flops(
     if not (layers := _count_inhibiting_layers(config, image)):
         return 0
     text, cmai = config.text_config, config.method_settings("cmai")
-    # eq. 10
+    # Eq. 10.
     focus = 0 if cmai.focus == "tia" else matmul_flops(rows, text_after_image, image + free_columns)
     if cmai.heads != "mean":
         return _count_inhibited_heads(config, image) * (matmul_flops(rows, _head_dim(text), keys) + focus)
-    # weights: QK^T of each head; raw scores: one product of the key heads side by side
+    # Weights: QK^T of each head; raw scores: one product of the key heads side by side.
     width = text.num_attention_heads * _head_dim(text) if cmai.scores == "weights" else _key_width(text)
     return layers * (matmul_flops(rows, width, keys) + focus)
 
@@ -243,7 +243,7 @@ def _count_inhibited_heads(config: ReduxConfig, image: int) -> int:
 
 
 def _count_inhibiting_layers(config: ReduxConfig, image: int) -> int:
-    """Count the layers that inhibit at inference.  With gamma 0 or without an image there are none."""
+    """Count the layers that inhibit at inference. With gamma 0 or without an image there are none."""
     cmai = config.method_settings("cmai")
     if cmai is None or cmai.active == "training" or image == 0:
         return 0

@@ -25,7 +25,7 @@ def capture_graph(run: Callable[[], Result], device: torch.device, pool: Any = N
     Raises:
         RuntimeError: the call waits for the device, or does something else that a graph cannot hold.
     """
-    # captures cannot run on the default stream; libraries have workspaces for each stream, so warm calls run there
+    # Captures cannot run on the default stream; libraries have workspaces for each stream, so warm calls run there.
     stream = torch.cuda.Stream(device)
     current = torch.cuda.current_stream(device)
     stream.wait_stream(current)
@@ -34,7 +34,7 @@ def capture_graph(run: Callable[[], Result], device: torch.device, pool: Any = N
             run()
     current.wait_stream(stream)
     graph = torch.cuda.CUDAGraph()
-    # other threads may use the GPU meanwhile
+    # Other threads may use the GPU meanwhile.
     capture = torch.cuda.graph(graph, pool=pool, stream=stream, capture_error_mode="thread_local")
     with torch.cuda.device(device), capture:
         result = run()

@@ -1,87 +1,32 @@
 """CMAI of decoding: one new token for each sequence, on a cache that knows the tokens before it.
 
 All shapes are known before the call, and the host waits for nothing, so a step can be compiled and captured in a CUDA
-graph.  The plain code here defines the result; `redux.kernels.decoding` computes it in three launches.
+graph. The plain code here defines the result; `redux.kernels.decoding` computes it in three launches.
 
 Shapes: batch, heads, kv_heads, keys (in a StaticFocusCache with those to come, which no mask shows), slots (columns of
 image tokens, some of them free), rows (rows of A_t2i, from position `start` on), masks (batch, or 1 for all sequences).
 """
 
-from collections.abc import Callable
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass
 from typing import Any
 
 import torch
-from jaxtyping import Bool, Float, Int, Shaped
+from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
-from redux.focus import fold_heads, select_above_quantile, unfold_heads
-from redux.focus_cache import FocusRows, HeadRows
+from redux.focus import select_above_quantile
+from redux.focus_cache import FocusRows
+from redux.headwise_mask import HeadwiseMask
 from redux.kernels import use_fused
 from redux.parallel import mean_over_ranks
 from redux.settings import CMAI
-
-DECODING_TENSORS = ("position", "is_text", "columns", "valid")
-"""Fields of a `DecodingStep` that are tensors."""
-
-MeanMask = Callable[[Tensor, Tensor, Tensor, Tensor | None, int | None], Tensor]
-"""Function from (query, key, visible, bias, num_heads) to one mask for all heads.
-
-num_heads: each of so many heads of a sequence is a sequence of its own; None if sequences have all their heads.
-"""
 
 MAX_SLOTS = 8192
 """Largest number of columns that one program of the kernel holds."""
 
 
-def select_heads(cmai: CMAI, layer: int, num_heads: int, mesh: Any) -> tuple[int, ...] | None:
-    """Select the heads of a layer that have masks of their own; None if one mask serves all heads.
-
-    Raises:
-        ValueError: heads have numbers, and ranks share the heads.
-    """
-    if cmai.heads == "mean":
-        return None
-    if mesh is not None and cmai.heads != "each":
-        raise ValueError(f"heads: got {cmai.heads}, allowed with tensor parallelism: mean or each")
-    return cmai.select_heads(layer, num_heads)
-
-
-def repeat_for_heads(
-    pairs: Shaped[Tensor, "masks 1 rows keys"], batch: int, num_heads: int
-) -> Shaped[Tensor, "repeated 1 rows keys"]:
-    """Repeat a mask for the sequences of `fold_heads`; one that all sequences share stays as it is."""
-    return pairs.repeat_interleave(num_heads, dim=0) if len(pairs) == batch else pairs
-
-
-def mask_heads(
-    heads: tuple[int, ...] | None,
-    query: Float[Tensor, "batch heads rows head_dim"],
-    key: Float[Tensor, "batch kv_heads keys head_dim"],
-    visible: Bool[Tensor, "masks 1 rows keys"],
-    bias: Float[Tensor, "masks 1 rows keys"] | None,
-    mean_mask: MeanMask,
-) -> Bool[Tensor, "batch mask_heads rows keys"]:
-    """Compute one mask for all heads, or a mask for each head with a mask of its own.
-
-    Args:
-        heads: heads with masks of their own, as `select_heads` returns them.
-        query, key, visible, bias: as for `Inhibition.compute_mask`.
-        mean_mask: computes the mask from the mean of all heads.
-    """
-    if heads is None:
-        return mean_mask(query, key, visible, bias, None)
-    if not heads:
-        return query.new_ones(len(query), 1, query.shape[2], key.shape[2], dtype=torch.bool)
-    # each of these heads of each sequence is a sequence of its own
-    visible = repeat_for_heads(visible, len(query), len(heads))
-    bias = None if bias is None else repeat_for_heads(bias, len(query), len(heads))
-    kept = mean_mask(*fold_heads(query, key, heads), visible, bias, len(heads))
-    return unfold_heads(kept, heads, query.shape[1])
-
-
-@dataclass(frozen=True)
-class DecodingStep:
+@dataclass(frozen=True, kw_only=True)
+class DecodingStep(HeadwiseMask):
     """The inhibition of one decoded token, shared by all layers.
 
     Args:
@@ -95,14 +40,11 @@ class DecodingStep:
         copies: this step on other devices, for a model that lies on several.
     """
 
-    cmai: CMAI
-    gammas: tuple[float, ...]
-    cache: Any
+    SEQUENCE_FIELDS = ("is_text", "columns", "valid")
+    SHARED_FIELDS = ("position",)
+
     position: Int[Tensor, ""]
     is_text: Bool[Tensor, "batch 1"]
-    columns: Int[Tensor, "batch slots"]
-    valid: Bool[Tensor, "batch slots"]
-    copies: dict[torch.device, "DecodingStep"] = field(default_factory=dict, repr=False, compare=False)
 
     @classmethod
     def begin(
@@ -121,40 +63,17 @@ class DecodingStep:
         assert cache.count is not None
         slots = torch.arange(cache.columns.shape[1], device=cache.columns.device)
         valid = slots < cache.count
-        return cls(cmai, gammas, cache, position, ~is_image, cache.columns.where(valid, position), valid)
+        return cls(
+            cmai=cmai,
+            gammas=gammas,
+            cache=cache,
+            position=position,
+            is_text=~is_image,
+            columns=cache.columns.where(valid, position),
+            valid=valid,
+        )
 
-    def to(self, device: Any, non_blocking: bool = False) -> "DecodingStep":
-        """Return the step on another device, copied once for all layers there.  accelerate's hooks call it."""
-        if (device := torch.device(device)) == self.columns.device:
-            return self
-        if device not in self.copies:
-            tensors = {name: getattr(self, name).to(device, non_blocking=non_blocking) for name in DECODING_TENSORS}
-            self.copies[device] = replace(self, **tensors)
-        return self.copies[device]
-
-    def compute_mask(
-        self,
-        layer: int,
-        query: Float[Tensor, "batch heads 1 head_dim"],
-        key: Float[Tensor, "batch kv_heads keys head_dim"],
-        visible: Bool[Tensor, "masks 1 1 keys"],
-        scale: float,
-        bias: Float[Tensor, "masks 1 1 keys"] | None = None,
-        mesh: Any = None,
-    ) -> Bool[Tensor, "batch mask_heads 1 keys"]:
-        """Compute the keys that stay in one layer, as `Inhibition.compute_mask` does for many rows."""
-
-        def mean_mask(
-            query: Tensor, key: Tensor, visible: Tensor, bias: Tensor | None, num_heads: int | None
-        ) -> Tensor:
-            if num_heads is None:
-                return self._compute_mean_mask(layer, query, key, visible, scale, bias, mesh)
-            return self._repeat_for_heads(num_heads)._compute_mean_mask(layer, query, key, visible, scale, bias, None)
-
-        heads = select_heads(self.cmai, layer, query.shape[1], mesh)
-        return mask_heads(heads, query, key, visible, bias, mean_mask)
-
-    def _compute_mean_mask(
+    def _compute_shared_mask(
         self,
         layer: int,
         query: Float[Tensor, "batch heads 1 head_dim"],
@@ -166,31 +85,25 @@ class DecodingStep:
     ) -> Bool[Tensor, "batch 1 1 keys"]:
         """Compute one mask for all heads, from the mean of their attention."""
         batch, keys = len(query), key.shape[2]
-        seen = visible[:, 0, 0].expand(batch, keys)
+        visible_keys = visible[:, 0, 0].expand(batch, keys)
         attention = self._mean_attention(query, key, visible, scale, bias, mesh)
-        inhibited = self.valid & self.is_text
-        t2i = attention.gather(1, self.columns) * inhibited
+        can_be_inhibited = self.valid & self.is_text
+        t2i = attention.gather(1, self.columns) * can_be_inhibited
         focus = t2i
         if self.cmai.focus != "tia":
-            # eq. 10 and 11: tokens before this one count with their rows of A_t2i
+            # Eq. 10 and 11: tokens before this one count with their rows of A_t2i.
             rows = self.cache.prepare_rows(layer, keys, t2i)
             earlier = torch.arange(keys, device=key.device) < self.position
-            t2n = (self._text_to_text(attention, seen) * earlier)[:, keys - rows.shape[1] :]
+            t2n = (self._text_to_text(attention, visible_keys) * earlier)[:, keys - rows.shape[1] :]
             focus = torch.baddbmm(t2i.unsqueeze(1), t2n.unsqueeze(1), rows).squeeze(1)
             self.cache.write_row(layer, keys, (self.position - self.cache.start).reshape(1), t2i.unsqueeze(1))
-        candidates = seen.gather(1, self.columns) & self.valid
+        candidates = visible_keys.gather(1, self.columns) & self.valid
         kept = select_above_quantile(
             focus.unsqueeze(1), candidates.unsqueeze(1), self.gammas[layer], self.cmai.quantile
         ).squeeze(1)
-        # free columns point at the token's own key, which always stays
-        mask = torch.ones_like(seen).scatter(1, self.columns, kept | ~inhibited)
+        # Free columns point at the token's own key, which always stays.
+        mask = torch.ones_like(visible_keys).scatter(1, self.columns, kept | ~can_be_inhibited)
         return mask[:, None, None]
-
-    def _repeat_for_heads(self, num_heads: int) -> "DecodingStep":
-        """Return the step of the sequences of `fold_heads`."""
-        names = ("is_text", "columns", "valid")
-        tensors = {name: getattr(self, name).repeat_interleave(num_heads, dim=0) for name in names}
-        return replace(self, **tensors, cache=HeadRows(self.cache, num_heads), copies={})
 
     def _mean_attention(
         self,
@@ -204,18 +117,18 @@ class DecodingStep:
         """Compute A of eq. 9, of the kind that `CMAI.scores` names."""
         queries = query.unflatten(1, (key.shape[1], -1)).squeeze(3)
         if self.cmai.scores != "weights":
-            # the sum over heads of a key head is one product
+            # The sum over heads of a key head is one product.
             summed = (queries.sum(dim=2, keepdim=True) @ key.mT).squeeze(2).float().sum(dim=1)
             summed = summed * ((scale if self.cmai.scores == "scaled" else 1.0) / query.shape[1])
             return mean_over_ranks(summed.masked_fill(~visible[:, 0, 0], 0.0), mesh)
         scores = queries @ key.mT
         scores = scores * scale if bias is None else scores * scale + bias
-        # the finite minimum gives no NaN if no key is visible
+        # The finite minimum gives no NaN if no key is visible.
         weights = scores.masked_fill(~visible, torch.finfo(scores.dtype).min).softmax(dim=-1, dtype=torch.float32)
         attention = mean_over_ranks(weights.mean(dim=(1, 2)), mesh).where(visible[:, 0, 0], 0.0)
         if self.cmai.preamble:
             return attention
-        is_image = self.cache.flags_of(key.shape[2]).to(key.device)
+        is_image = self.cache.get_flags(key.shape[2]).to(key.device)
         attention = attention * ((visible[:, 0, 0] & is_image).cumsum(dim=1) > 0)
         return attention / attention.sum(dim=-1, keepdim=True).clamp_min(torch.finfo(attention.dtype).tiny)
 
@@ -227,8 +140,8 @@ class DecodingStep:
             case "sum":
                 return visible.to(attention.dtype)
             case "discounted":
-                # count text tokens only; the token itself is the last that it sees
-                text = visible & ~self.cache.flags_of(visible.shape[1]).to(visible.device)
+                # Count text tokens only; the token itself is the last that it sees.
+                text = visible & ~self.cache.get_flags(visible.shape[1]).to(visible.device)
                 order = text.cumsum(dim=1)
                 distance = (order[:, -1:] - order).to(attention.dtype)
                 return self.cmai.discount**distance * visible
@@ -257,10 +170,10 @@ class DecodingStep:
         reason = unsupported or self._missing_kernel(query, key, value)
         if not use_fused("CMAI in decoding", query.device, reason):
             return None
-        from redux.kernels.decoding import attend_decoded_token  # imports triton
+        from redux.kernels.decoding import attend_decoded_token  # Imports triton
 
         assert self.cache.flags is not None
-        # whole tensors: the kernels know where the token is, and each slice would cost the host 1 to 2 us a layer
+        # Whole tensors: the kernels know where the token is, and each slice would cost the host 1 to 2 us a layer.
         rows = None if self.cmai.focus == "tia" else self.cache.reserve_rows(layer, key.shape[2], query)
         return attend_decoded_token(query, key, value, visible, self.cache.flags, self, rows, self.gammas[layer], scale)
 

@@ -11,7 +11,7 @@ PACKAGE = "redux-vlm"
 def write_install_command(extra: str) -> str:
     """Write the pip command that adds an extra of pyproject.toml.
 
-    The package is on no index, so pip must install it from its folder.  If pip recorded the folder, the command works
+    The package is on no index, so pip must install it from its folder. If pip recorded the folder, the command works
     from anywhere.
     """
     folder = _read_source()
@@ -26,6 +26,6 @@ def _read_source() -> str | None:
         source = json.loads(distribution(PACKAGE).read_text("direct_url.json") or "{}")
     except (PackageNotFoundError, ValueError):
         return None
-    # PEP 610: dir_info is there only if the package was installed from a folder
+    # PEP 610: dir_info is there only if the package was installed from a folder.
     url = urlsplit(source.get("url", ""))
     return unquote(url.path) if url.scheme == "file" and "dir_info" in source else None

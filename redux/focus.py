@@ -1,8 +1,8 @@
 """Focus scores of image tokens, and their quantile: eq. 9-11 of the paper.
 
-A is the mean over heads of the attention map before inhibition.  Attention weights are added up head by head if maps
-are large; raw scores are one product of the concatenated heads.  So a few (text x keys) maps of one layer are in memory
-at a time, never heads x text x keys.  At 32 heads and 576 + 512 tokens that is an eighth of the memory
+A is the mean over heads of the attention map before inhibition. Attention weights are added up head by head if maps
+are large; raw scores are one product of the concatenated heads. So a few (text x keys) maps of one layer are in memory
+at a time, never heads x text x keys. At 32 heads and 576 + 512 tokens that is an eighth of the memory
 (jobs/bench/inhibition.py).
 
 Shapes: batch, heads, kv_heads, rows (queries of this call), keys (all tokens so far), image (columns of image tokens).
@@ -26,7 +26,7 @@ def mean_attention_weights(
     scale: float,
     bias: Float[Tensor, "batch rows keys"] | None = None,
 ) -> Float[Tensor, "batch rows keys"]:
-    """A of eq. 9: attention weights, mean over heads.  A row that sees no key is all zero.
+    """A of eq. 9: attention weights, mean over heads. A row that sees no key is all zero.
 
     Beyond MAX_WEIGHTS_AT_ONCE the mean adds up head by head.
 
@@ -42,7 +42,7 @@ def mean_attention_weights(
         bias = torch.zeros(visible.shape, dtype=query.dtype, device=query.device)
     else:
         bias = bias.to(query.dtype, copy=True, memory_format=torch.contiguous_format)
-    # A finite minimum gives no NaN in a row that sees no key.  The product itself adds it, which saves two passes.
+    # A finite minimum gives no NaN in a row that sees no key. The product itself adds it, which saves two passes.
     bias.masked_fill_(~visible, torch.finfo(query.dtype).min)
     if batch * heads * rows * keys <= MAX_WEIGHTS_AT_ONCE:
         shared = query.unflatten(1, (key.shape[1], -1)) @ key.unsqueeze(2).transpose(3, 4) * scale
@@ -63,7 +63,7 @@ def mean_attention_scores(
 ) -> Float[Tensor, "batch rows keys"]:
     """A as raw scores: scale QK^T, mean over heads; zero for pairs that are not visible.
 
-    One product of the concatenated heads sums over heads.  Queries that share a key head are added up first.
+    One product of the concatenated heads sums over heads. Queries that share a key head are added up first.
     """
     queries = query.unflatten(1, (key.shape[1], -1)).sum(dim=2)
     product = queries.transpose(1, 2).flatten(2) @ key.transpose(1, 2).flatten(2).transpose(1, 2)
@@ -77,7 +77,7 @@ def focus_score(
 ) -> Float[Tensor, "batch rows image"]:
     """F_t2i of eq. 11 for the last `rows` of `keys` tokens.
 
-    Eq. 9 takes the text keys before the row's own position.  Rows of `earlier` that belong to image tokens are zero, so
+    Eq. 9 takes the text keys before the row's own position. Rows of `earlier` that belong to image tokens are zero, so
     only text neighbours count in the matrix product of eq. 10.
 
     Args:
@@ -95,7 +95,7 @@ def focus_score(
     Its own attention (0.1, 0.2) would drop the first image token; with its neighbours' attention the second drops.
     """
     rows, keys = t2n.shape[1:]
-    return t2n.tril(keys - rows - 1)[:, :, keys - earlier.shape[1] :] @ earlier + t2i  # eq. 9, 10, 11
+    return t2n.tril(keys - rows - 1)[:, :, keys - earlier.shape[1] :] @ earlier + t2i  # Eq. 9, 10, 11
 
 
 def fold_heads(
@@ -113,7 +113,7 @@ def fold_heads(
         Queries and keys of sequence 0 with each of the heads, then of sequence 1, and so on.
     """
     group = query.shape[1] // key.shape[1]
-    # views of single heads, because an index of numbers would be copied to the device
+    # Views of single heads, because an index of numbers would be copied to the device.
     queries = torch.stack([query[:, head] for head in heads], dim=1)
     keys = torch.stack([key[:, head // group] for head in heads], dim=1)
     return queries.flatten(0, 1).unsqueeze(1), keys.flatten(0, 1).unsqueeze(1)
@@ -123,9 +123,9 @@ def unfold_heads(
     kept: Bool[Tensor, "sequences 1 rows keys"], heads: Sequence[int], num_heads: int
 ) -> Bool[Tensor, "batch num_heads rows keys"]:
     """Lay the masks of the sequences of `fold_heads` side by side; all pairs of other heads stay."""
-    of_heads = kept.squeeze(1).unflatten(0, (-1, len(heads)))
-    others = torch.ones_like(of_heads[:, 0])
-    masks = dict(zip(heads, of_heads.unbind(dim=1), strict=True))
+    head_masks = kept.squeeze(1).unflatten(0, (-1, len(heads)))
+    others = torch.ones_like(head_masks[:, 0])
+    masks = dict(zip(heads, head_masks.unbind(dim=1), strict=True))
     return torch.stack([masks.get(head, others) for head in range(num_heads)], dim=1)
 
 
@@ -152,7 +152,7 @@ def select_above_quantile(
     """
     count = visible.sum(dim=-1, keepdim=True)
     ordered, order = focus.masked_fill(~visible, torch.inf).sort(dim=-1, stable=True)
-    # float64 and 1e-9 keep an exact whole number from being rounded down
+    # float64 and 1e-9 keep an exact whole number from being rounded down.
     if quantile == "count":
         return order.argsort(dim=-1) >= (gamma * count.double() + 1e-9).floor()
     rank = gamma * (count - 1).clamp_min(0).double()
@@ -161,6 +161,6 @@ def select_above_quantile(
     if quantile == "linear":
         above = ordered.gather(2, torch.minimum(below + 1, (count - 1).clamp_min(0)))
         fraction = (rank - below).clamp_min(0).to(focus.dtype)
-        # a row that sees no image has only infinities here, whose difference would be NaN
+        # A row that sees no image has only infinities here, whose difference would be NaN.
         threshold = threshold.where(above == threshold, threshold + fraction * (above - threshold))
     return focus >= threshold

@@ -1,12 +1,12 @@
 """Caches of keys and values that also hold what CMAI needs of earlier tokens: image positions and rows of A_t2i.
 
-The rows lie in preallocated tensors.  A `FocusCache` doubles them when they are full, so a decoded token copies none.
+The rows lie in preallocated tensors. A `FocusCache` doubles them when they are full, so a decoded token copies none.
 A `StaticFocusCache` has the size of its StaticCache, and tensors that stay at their addresses: compiled decoding and
 CUDA graphs read and write them in place.
 
-After a prompt the number of image tokens is known on the host.  A decoded token is an image token only if the model
-itself generates one, and the host does not wait to see that.  `FREE_COLUMNS` columns are reserved for such tokens.  A
-FocusCache counts the tokens again before these columns can be full.  A StaticFocusCache counts further image tokens as
+After a prompt the number of image tokens is known on the host. A decoded token is an image token only if the model
+itself generates one, and the host does not wait to see that. `FREE_COLUMNS` columns are reserved for such tokens. A
+FocusCache counts the tokens again before these columns can be full. A StaticFocusCache counts further image tokens as
 text.
 
 Shapes: batch, keys (all tokens so far), slots (columns of image tokens, with free ones and a last one that nobody
@@ -52,8 +52,8 @@ class FocusRows(Cache):
     count: Tensor | None = None
     free_columns: int = 0
     flags: Tensor | None = None
-    _rows: dict[int, Tensor]  # by layer, (batch, capacity, slots), or with the heads as a last dimension
-    _keys_with_rows: int = 0  # tokens of the last call that wrote rows
+    _rows: dict[int, Tensor]  # By layer, (batch, capacity, slots), or with the heads as a last dimension
+    _keys_with_rows: int = 0  # Tokens of the last call that wrote rows
 
     def forget_tokens(self) -> None:
         """Remove all tokens, for an empty cache."""
@@ -68,26 +68,26 @@ class FocusRows(Cache):
 
     @property
     def t2i(self) -> dict[int, Float[Tensor, "batch earlier image *head"]]:
-        """A_t2i of the latest tokens by layer.  Tokens before them see no image or are part of one."""
+        """A_t2i of the latest tokens by layer. Tokens before them see no image or are part of one."""
         earlier = max(min(int(self.length), self._keys_with_rows) - self.start, 0)
         return {layer: rows[:, :earlier, : self.num_columns] for layer, rows in self._rows.items()}
 
     def has_tokens(self) -> bool:
-        """Tell if any token was added."""
+        """Return True if any token was added."""
         return self.flags is not None and (isinstance(self.length, Tensor) or self.length > 0)
 
     def is_ready(self, rows: int) -> bool:
-        """Tell if a call of so many tokens can do without the host knowing which of them are image tokens."""
-        # without an image there is nothing to inhibit; a compiled step cannot count, so it goes on all the same
+        """Return True if a call of so many tokens can do without the host knowing which of them are image tokens."""
+        # Without an image there is nothing to inhibit; a compiled step cannot count, so it goes on all the same.
         has_columns = self.columns is not None and (self.num_columns > 0 or self.is_static)
         return rows == 1 and has_columns and self.free_columns > 0
 
     def needs_count(self, rows: int) -> bool:
-        """Tell if the host must locate image tokens again before a decoded token: the free columns may be full."""
+        """Return True if the host must locate image tokens again before a decoded token: free columns may be full."""
         return rows == 1 and not self.is_static and self.num_columns > 0 and self.free_columns <= 0
 
     def fits_tokens(self) -> bool:
-        """Tell if all tokens of the cache were added while CMAI was on."""
+        """Return True if all tokens of the cache were added while CMAI was on."""
         return int(self.get_seq_length()) == int(self.length)
 
     def add_tokens(self, is_image: Bool[Tensor, "batch rows"]) -> Bool[Tensor, "batch keys"]:
@@ -96,16 +96,16 @@ class FocusRows(Cache):
         Returns:
             True for keys so far that are image tokens.
         """
-        before = int(self.length)
-        after = before + is_image.shape[1]
-        if self.flags is None or self.flags.shape[1] < after:
-            flags = is_image.new_zeros(len(is_image), self._capacity(after))
+        old_length = int(self.length)
+        new_length = old_length + is_image.shape[1]
+        if self.flags is None or self.flags.shape[1] < new_length:
+            flags = is_image.new_zeros(len(is_image), self._capacity(new_length))
             if self.flags is not None:
-                flags[:, :before] = self.flags[:, :before].to(flags.device)
+                flags[:, :old_length] = self.flags[:, :old_length].to(flags.device)
             self.flags = self._pin(flags)
-        self.flags[:, before:after] = is_image
-        self._set_length(after)
-        return self.flags[:, :after].to(is_image.device)
+        self.flags[:, old_length:new_length] = is_image
+        self._set_length(new_length)
+        return self.flags[:, :new_length].to(is_image.device)
 
     def set_columns(
         self, columns: Int[Tensor, "batch image"], count: Int[Tensor, "batch 1"], first_text_row: int
@@ -120,10 +120,10 @@ class FocusRows(Cache):
         if not self._keys_with_rows:
             self.start = first_text_row
         self.num_columns = columns.shape[1]
-        # room for tokens that the model generates, without a new tensor for each
+        # Room for tokens that the model generates, without a new tensor for each.
         slots = F.pad(columns, (0, FREE_COLUMNS))
         if self.columns is not None and self.columns.shape == slots.shape and self.count is not None:
-            # compiled code knows these tensors by their addresses
+            # Compiled code knows these tensors by their addresses.
             self.columns.copy_(slots)
             self.count.copy_(count)
         else:
@@ -141,13 +141,13 @@ class FocusRows(Cache):
         assert self.flags is not None
         is_image = is_image.to(self.count.device) & (self.count < self.columns.shape[1] - 1)
         position = self._advance()
-        # a column beyond the count is free: text tokens write there, too, and the next one overwrites it
+        # A column beyond the count is free: text tokens write there, too, and the next one overwrites it.
         self.columns.scatter_(1, self.count, position.expand(len(is_image), 1))
         self.count.add_(is_image)
         self.flags.index_copy_(1, position.reshape(1), is_image)
         return position, is_image
 
-    def flags_of(self, keys: int) -> Bool[Tensor, "batch keys"]:
+    def get_flags(self, keys: int) -> Bool[Tensor, "batch keys"]:
         """Return the flags of image tokens, for as many keys as a layer has."""
         assert self.flags is not None
         return self.flags[:, :keys]
@@ -160,12 +160,12 @@ class FocusRows(Cache):
         Arguments are those of `reserve_rows`.
         """
         assert self.columns is not None
-        # removed image tokens, such as those of assisted decoding, leave more columns than there are slots
+        # Removed image tokens, such as those of assisted decoding, leave more columns than there are slots.
         return self.reserve_rows(layer, keys, like, heads)[:, : max(keys - self.start, 0), : self.columns.shape[1]]
 
     def reserve_rows(
         self, layer: int, keys: int, like: Tensor, heads: tuple[int, ...] = ()
-    ) -> Float[Tensor, "batch capacity some *head"]:
+    ) -> Float[Tensor, "batch capacity slots_at_least *head"]:
         """Return all rows of a layer from `start` on, with room for those of all keys; those to come are zero.
 
         Args:
@@ -181,7 +181,7 @@ class FocusRows(Cache):
             size = (len(like), self._row_capacity(keys), slots, *heads)
             grown = torch.zeros(size, dtype=torch.float32, device=like.device)
             if rows is not None:
-                grown[:, : rows.shape[1], : rows.shape[2]] = rows  # earlier tokens see no later image
+                grown[:, : rows.shape[1], : rows.shape[2]] = rows  # Earlier tokens see no later image
             self._rows[layer] = rows = self._pin(grown)
         self._keys_with_rows = keys
         return rows
@@ -201,7 +201,7 @@ class FocusRows(Cache):
         rows[:, earlier:, : t2i.shape[2]] = t2i
         return rows[:, :, : t2i.shape[2]]
 
-    # how the tensors grow; a StaticFocusCache overrides these
+    # How the tensors grow; a StaticFocusCache overrides these.
 
     def _capacity(self, tokens: int) -> int:
         """Compute the tokens to have room for, so that copying is amortised."""
@@ -228,19 +228,19 @@ class FocusRows(Cache):
             self.flags = F.pad(self.flags, (0, self._capacity(self.length) - self.flags.shape[1]))
         return torch.full((), position, dtype=torch.long, device=self.flags.device)
 
-    # generate calls these methods for beam search, for several answers and for assisted decoding
+    # generate calls these methods for beam search, for several answers and for assisted decoding.
 
     def reorder_cache(self, beam_idx: Tensor) -> None:
         super().reorder_cache(beam_idx)
-        self._select(lambda tensor: tensor.index_select(0, beam_idx.to(tensor.device)))
+        self._select_sequences(lambda tensor: tensor.index_select(0, beam_idx.to(tensor.device)))
 
     def batch_repeat_interleave(self, repeats: int) -> None:
         super().batch_repeat_interleave(repeats)
-        self._select(lambda tensor: tensor.repeat_interleave(repeats, dim=0))
+        self._select_sequences(lambda tensor: tensor.repeat_interleave(repeats, dim=0))
 
     def batch_select_indices(self, indices: Tensor) -> None:
         super().batch_select_indices(indices)
-        self._select(lambda tensor: tensor[indices.to(tensor.device)])
+        self._select_sequences(lambda tensor: tensor[indices.to(tensor.device)])
 
     def reset(self) -> None:
         super().reset()
@@ -251,15 +251,16 @@ class FocusRows(Cache):
         super().crop(tokens_to_remove)
         length = int(self.length) - (length_before - int(self.get_seq_length()))
         self._set_length(length)
-        self.free_columns = 0  # image tokens may be among the removed ones, so the host counts again
+        self.free_columns = 0  # Image tokens may be among the removed ones, so the host counts again
         if self.flags is not None:
             self.flags[:, length:] = False
         for rows in self._rows.values():
             rows[:, max(length - self.start, 0) :] = 0.0
         if length <= self.start:
-            self._keys_with_rows = 0  # no row is left, so the next prompt may begin its rows elsewhere
+            self._keys_with_rows = 0  # No row is left, so the next prompt may begin its rows elsewhere
 
-    def _select(self, select: Callable[[Tensor], Tensor]) -> None:
+    def _select_sequences(self, select: Callable[[Tensor], Tensor]) -> None:
+        """Replace the tensors of all sequences by those of selected sequences."""
         if self.flags is not None:
             self.flags = select(self.flags)
         if self.columns is not None and self.count is not None:
@@ -285,7 +286,7 @@ class StaticFocusCache(FocusRows, StaticCache):
         self.forget_tokens()
 
     def reset(self) -> None:
-        # compiled code knows these tensors by their addresses
+        # Compiled code knows these tensors by their addresses.
         length, flags, columns, count, rows = self.length, self.flags, self.columns, self.count, self._rows
         super().reset()
         if isinstance(length, Tensor):
@@ -295,7 +296,7 @@ class StaticFocusCache(FocusRows, StaticCache):
                     tensor.zero_()
 
     def copy_tokens(self, source: FocusCache, slots: int, start: int) -> None:
-        """Take over what a FocusCache knows of its tokens, at the addresses of the tokens before, if there were any.
+        """Copy the tokens of a FocusCache into the tensors of this cache, which keep their addresses.
 
         Args:
             source: cache of a prompt, whose keys and values the layers have already.
@@ -320,10 +321,10 @@ class StaticFocusCache(FocusRows, StaticCache):
         self.count.copy_(source.count)
         self.num_columns, self.free_columns = source.num_columns, FREE_COLUMNS - 1
         for layer, rows in source.t2i.items():
-            own = self.prepare_rows(layer, self.get_max_length(), rows, rows.shape[3:])
-            own.zero_()
-            first = source.start - start
-            own[:, first : first + rows.shape[1], : rows.shape[2]] = rows
+            target_rows = self.prepare_rows(layer, self.get_max_length(), rows, rows.shape[3:])
+            target_rows.zero_()
+            offset = source.start - start
+            target_rows[:, offset : offset + rows.shape[1], : rows.shape[2]] = rows
         for layer in self._rows.keys() - source._rows.keys():
             self._rows[layer].zero_()
 
@@ -331,7 +332,7 @@ class StaticFocusCache(FocusRows, StaticCache):
         return max(self.get_max_length(), tokens)
 
     def _row_capacity(self, tokens: int) -> int:
-        return self._capacity(tokens)  # the next prompt may have another start
+        return self._capacity(tokens)  # The next prompt may have another start
 
     def _pin(self, tensor: Tensor) -> Tensor:
         if not torch.compiler.is_compiling():
@@ -353,7 +354,7 @@ class StaticFocusCache(FocusRows, StaticCache):
 
 @dataclass(frozen=True)
 class HeadRows:
-    """A view of a cache for heads that have rows of their own: each head of each sequence is a sequence of its own.
+    """View of a cache for heads that have their own rows: each head of each sequence counts as a separate sequence.
 
     Args:
         cache: the cache.
@@ -367,9 +368,9 @@ class HeadRows:
     def start(self) -> int:
         return self.cache.start
 
-    def flags_of(self, keys: int) -> Bool[Tensor, "sequences keys"]:
-        """Return the flags of image tokens, see `FocusRows.flags_of`."""
-        return self.cache.flags_of(keys).repeat_interleave(self.num_heads, dim=0)
+    def get_flags(self, keys: int) -> Bool[Tensor, "sequences keys"]:
+        """Return the flags of image tokens, see `FocusRows.get_flags`."""
+        return self.cache.get_flags(keys).repeat_interleave(self.num_heads, dim=0)
 
     def append_rows(
         self, layer: int, t2i: Float[Tensor, "sequences rows image"]

@@ -1,9 +1,9 @@
 """Greedy generation for a batch of prompts, with token counts and times.
 
-Numbers of two models compare only if both count tokens and take times at the same points.  So every model generates
+Numbers of two models compare only if both count tokens and take times at the same points. So every model generates
 here, whatever class or processor it has.
 
-On a GPU a LLaVA decodes by a CUDA graph (`redux.graph_decoding`), with the same tokens as its `generate`.  The first
+On a GPU a LLaVA decodes by a CUDA graph (`redux.graph_decoding`), with the same tokens as its `generate`. The first
 batch of a size captures the graph, so its decoding takes longer.
 
 Cost: two waits for the device in each batch, which the times need.
@@ -45,12 +45,12 @@ def drop_warm_up(batches: Sequence[Answers]) -> list[Answers]:
     If no batch is left, all are kept: their times are all there is.
     """
     sizes = set[int]()
-    kept = []
+    warm_batches = []
     for answers in batches:
         if len(answers.texts) in sizes:
-            kept.append(answers)
+            warm_batches.append(answers)
         sizes.add(len(answers.texts))
-    return kept or list(batches)
+    return warm_batches or list(batches)
 
 
 def check_batch(prompts: Sequence[str], images: Sequence[bytes | None]) -> None:
@@ -60,7 +60,7 @@ def check_batch(prompts: Sequence[str], images: Sequence[bytes | None]) -> None:
 
 
 def ensure_pad_token(tokenizer: PreTrainedTokenizerBase) -> None:
-    """Give the tokenizer a pad token if it has none.  Any token will do, because attention is masked there."""
+    """Give the tokenizer a pad token if it has none. Any token will do, because attention is masked there."""
     if tokenizer.pad_token is None:
         tokenizer.pad_token = tokenizer.eos_token
 
@@ -68,7 +68,7 @@ def ensure_pad_token(tokenizer: PreTrainedTokenizerBase) -> None:
 class FirstTokenTimer(StoppingCriteria):
     """A stopping criterion that never stops and records the first new token.
 
-    `generate` returns the new tokens alone, or after the prompt, or after a decoder's start token.  So the column of
+    `generate` returns the new tokens alone, or after the prompt, or after a decoder's start token. So the column of
     the first new token is recorded with its time.
     """
 
@@ -77,7 +77,7 @@ class FirstTokenTimer(StoppingCriteria):
         self.time = 0.0
 
     def __call__(self, input_ids: Tensor, scores: Any, **kwargs: Any) -> Tensor:
-        # called after every token; only the first call counts
+        # Called after every token; only the first call counts.
         if not self.time:
             self.column = input_ids.shape[1] - 1
             self.time = read_clock(input_ids.device)
@@ -87,7 +87,7 @@ class FirstTokenTimer(StoppingCriteria):
 def read_clock(device: torch.device) -> float:
     """Return wall seconds, after all work queued on the device is done."""
     if device.type == "cuda":
-        # the host runs ahead of a GPU, so the clock alone would time the launches
+        # The host runs ahead of a GPU, so the clock alone would time the launches.
         torch.cuda.synchronize(device)
     return time.perf_counter()
 
@@ -117,7 +117,7 @@ def generate_greedily(
     else:
         new_tokens, first_s = generate_tokens(model, tokenizer, inputs, eos_token_ids, max_new_tokens)
     end_s = read_clock(model.device)
-    # an answer counts up to its first end token; padding follows
+    # An answer counts up to its first end token; padding follows.
     is_end = torch.isin(new_tokens, torch.tensor(eos_token_ids, device=new_tokens.device)).int()
     counts = (is_end.cumsum(dim=1) - is_end == 0).sum(dim=1).tolist()
     answers = [row[:count] for row, count in zip(new_tokens.tolist(), counts, strict=True)]

@@ -1,12 +1,12 @@
 """Greedy decoding of LLaVA by a CUDA graph.
 
 In eager mode the host launches every kernel of every layer for each token, which takes longer than the GPU needs
-for a small batch.  A graph is captured once and then replayed by one call.  All of a step is in it: the decoder on a
-static cache, the choice of the token, the end of answers and the next position.  The host looks at the device only now
+for a small batch. A graph is captured once and then replayed by one call. All of a step is in it: the decoder on a
+static cache, the choice of the token, the end of answers and the next position. The host looks at the device only now
 and then, to see if all answers have ended.
 
-The prompt runs as in `generate`, into a growing cache, which is then copied into the static one.  So prompts take the
-same path, whatever decodes after them.  The graph of the last shape is kept with the model and serves further batches
+The prompt runs as in `generate`, into a growing cache, which is then copied into the static one. So prompts take the
+same path, whatever decodes after them. The graph of the last shape is kept with the model and serves further batches
 of the same size and of about the same length.
 
 Shapes: batch, prompt (tokens of the padded prompt), capacity (tokens of the static cache).
@@ -54,9 +54,9 @@ TokenCallback = Callable[[Int[Tensor, "batch"]], bool]
 """Gets the new token of each sequence; True ends the decoding."""
 
 _logger = logging.getLogger(__name__)
-_reported: set[str] = set()
-_lock = threading.Lock()
-_kept: "WeakKeyDictionary[Any, GreedySteps]" = WeakKeyDictionary()
+_logged_reasons: set[str] = set()
+_steps_lock = threading.Lock()
+_steps_by_model: "WeakKeyDictionary[Any, GreedySteps]" = WeakKeyDictionary()
 
 
 def use_graph(model: Any, inputs: Mapping[str, Tensor]) -> bool:
@@ -71,14 +71,14 @@ def use_graph(model: Any, inputs: Mapping[str, Tensor]) -> bool:
 
 def release_graphs() -> None:
     """Free the graphs that are kept, and their caches."""
-    with _lock:
-        _kept.clear()
+    with _steps_lock:
+        _steps_by_model.clear()
 
 
 def report(reason: str) -> None:
     """Log once why `generate` decodes."""
-    if reason not in _reported:
-        _reported.add(reason)
+    if reason not in _logged_reasons:
+        _logged_reasons.add(reason)
         _logger.warning("greedy decoding: without a CUDA graph, because %s", reason)
 
 
@@ -94,7 +94,7 @@ def find_obstacle(model: Any, inputs: Mapping[str, Tensor]) -> str:
     layers = {type(layer).__name__ for layer in DynamicCache(config=decoder.config).layers} - {"DynamicLayer"}
     if layers:
         return f"the cache has layers {', '.join(sorted(layers))}"
-    # anything beyond greedy search, such as penalties, would choose other tokens than `generate`
+    # Anything beyond greedy search, such as penalties, would choose other tokens than `generate`.
     settings = model.generation_config.to_diff_dict()
     changes = sorted(name for name in settings.keys() - NEUTRAL_FIELDS if settings[name] not in (None, False))
     if changes:
@@ -130,7 +130,7 @@ class PrefilledPrompt:
     def run(cls, model: Any, inputs: Mapping[str, Tensor]) -> "PrefilledPrompt":
         """Run the model on a batch of prompts, with positions as `generate` counts them."""
         mask = inputs["attention_mask"]
-        # `generate` counts positions from the first token that is not padding
+        # `generate` counts positions from the first token that is not padding.
         positions = (mask.long().cumsum(dim=1) - 1).masked_fill(mask == 0, 0)
         cache = DynamicCache(config=model.get_decoder().config)
         output = model(
@@ -192,14 +192,14 @@ class GreedySteps:
         self.index = torch.zeros(1, dtype=torch.long, device=device)
         self.finished = torch.zeros(batch, dtype=torch.bool, device=device)
         self.eos = torch.tensor(list(eos_token_ids), dtype=torch.long, device=device)
-        # by position in the sequence, which is at hand
+        # By position in the sequence, which is at hand.
         self.tokens = torch.zeros(batch, capacity, dtype=torch.long, device=device)
         self.cache: Cache | None = None
         self.graph: Any = None
         self.failed = False
 
     def fits(self, key: Any, needed: int, image_room: int, start: int = 0) -> bool:
-        """Tell if the steps serve another batch."""
+        """Return True if the steps serve another batch."""
         has_room = 0 <= self.capacity - needed <= SPARE_CAPACITY and image_room <= self.image_room
         return self.key == key and has_room and (self.image_room > 0) == (image_room > 0) and self.start <= start
 
@@ -221,7 +221,7 @@ class GreedySteps:
         self.token.copy_(prompt.token.unsqueeze(1))
 
     def step(self, model: Any) -> None:
-        """Feed the last token and choose the next one.  Neither waits for the device nor depends on its values."""
+        """Feed the last token and choose the next one. Neither waits for the device nor depends on its values."""
         self.visible.index_fill_(3, self.index, True)
         output = model(
             input_ids=self.token,
@@ -238,10 +238,10 @@ class GreedySteps:
         self.index.add_(1)
 
     def capture(self, model: Any) -> None:
-        """Capture a step as a graph.  The steps before it spoil the state: load the prompt again."""
+        """Capture a step as a graph. The steps before it spoil the state: load the prompt again."""
         try:
             self.graph, _ = capture_graph(lambda: self.step(model), self.token.device)
-        except RuntimeError as error:  # a decoder of another version of transformers may wait for the device
+        except RuntimeError as error:  # A decoder of another version of transformers may wait for the device
             self.failed = True
             report(f"capturing it failed: {' '.join(str(error).split())}")
 
@@ -288,7 +288,7 @@ def describe_model(model: Any, batch: int, eos_token_ids: Sequence[int], pad_tok
     """Describe all that a captured step depends on: settings, and the addresses of all weights."""
     inhibitor = getattr(model, "_inhibitor", None)
     cmai = None if inhibitor is None else (inhibitor.key, inhibitor.cmai)
-    # a graph reads weights at their addresses: a replaced weight needs a new capture
+    # A graph reads weights at their addresses: a replaced weight needs a new capture.
     weights = tuple(parameter.data_ptr() for parameter in model.parameters())
     buffers = tuple(buffer.data_ptr() for buffer in model.buffers())
     return (batch, tuple(eos_token_ids), pad_token_id, cmai, get_kernels(), model.dtype, weights, buffers)
@@ -323,14 +323,14 @@ def decode_prompt(
     if (should_stop and should_stop(prompt.token)) or max_new_tokens == 1:
         return prompt.token.unsqueeze(1)
     batch, length = prompt.visible.shape
-    # the capture, too, needs room
+    # The capture, too, needs room.
     needed = length + max(max_new_tokens, WARM_CALLS + 1)
     key = describe_model(model, batch, eos_token_ids, pad_token_id)
-    with _lock:
-        # two threads must not replay one graph, which has one set of input tensors
-        steps = _kept.get(model)
+    with _steps_lock:
+        # Two threads must not replay one graph, which has one set of input tensors.
+        steps = _steps_by_model.get(model)
         if steps is None or not steps.fits(key, needed, prompt.image_room, prompt.start):
-            _kept.pop(model, None)  # one graph at a time is in memory
+            _steps_by_model.pop(model, None)  # One graph at a time is in memory
             del steps
             image_room = round_up(prompt.image_room, IMAGE_ROOM_STEP)
             capacity = round_up(needed, CAPACITY_STEP)
@@ -339,17 +339,17 @@ def decode_prompt(
         config = model.get_decoder().config
         steps.load(prompt, config)
         if model.device.type != "cuda" or not is_free_of_waits(prompt.cache):
-            prompt.cache.reset()  # frees its keys and values
+            prompt.cache.reset()  # Frees its keys and values
             return steps.run(prompt, max_new_tokens, lambda: steps.step(model), should_stop)
         if steps.graph is None and not steps.failed:
             steps.capture(model)
             steps.load(prompt, config)
-            _kept[model] = steps
+            _steps_by_model[model] = steps
         prompt.cache.reset()
         step = steps.graph.replay if steps.graph else lambda: steps.step(model)
         return steps.run(prompt, max_new_tokens, step, should_stop)
 
 
 def is_free_of_waits(cache: Cache) -> bool:
-    """Tell if decoding on a cache can do without the host counting image tokens."""
+    """Return True if decoding on a cache can do without the host counting image tokens."""
     return not isinstance(cache, FocusCache) or cache.columns is not None

@@ -1,8 +1,8 @@
 """Encoding of images by a CUDA graph.
 
-A compressing block launches many small kernels.  For a few images the host takes longer to launch a tower than the GPU
-takes to compute it, and a training step begins with the tower.  Image sizes are fixed, so a graph can hold all of the
-tower.  It serves wherever the tower needs no gradients: in inference, and in training with a frozen tower.  Its results
+A compressing block launches many small kernels. For a few images the host takes longer to launch a tower than the GPU
+takes to compute it, and a training step begins with the tower. Image sizes are fixed, so a graph can hold all of the
+tower. It serves wherever the tower needs no gradients: in inference, and in training with a frozen tower. Its results
 are those of the tower, bit for bit.
 
 A shape is captured when it comes the second time, since a capture takes as long as several passes.
@@ -27,8 +27,8 @@ MAX_SHAPES = 8
 """Shapes of pixel tensors for which a tower keeps graphs; further shapes are encoded without one."""
 
 _logger = logging.getLogger(__name__)
-_lock = threading.Lock()
-_kept: "WeakKeyDictionary[nn.Module, TowerGraphs]" = WeakKeyDictionary()
+_graphs_lock = threading.Lock()
+_graphs_by_tower: "WeakKeyDictionary[nn.Module, TowerGraphs]" = WeakKeyDictionary()
 
 
 def run_tower(
@@ -48,13 +48,13 @@ def run_tower(
     if is_plain or find_tower_obstacle(tower, pixels):
         return tower(pixels, tower_compression=compression)
     settings = (tower.training, get_kernels(), compression)
-    # a graph reads weights at their addresses, so a replaced weight needs a new capture
+    # A graph reads weights at their addresses, so a replaced weight needs a new capture.
     weights = tuple(tensor.data_ptr() for tensor in itertools.chain(tower.parameters(), tower.buffers()))
-    with _lock:
-        # two threads must not replay one graph, which has one set of tensors
-        graphs = _kept.get(tower)
+    with _graphs_lock:
+        # Two threads must not replay one graph, which has one set of tensors.
+        graphs = _graphs_by_tower.get(tower)
         if graphs is None or graphs.weights != weights or graphs.settings != settings:
-            graphs = _kept[tower] = TowerGraphs(settings, weights)
+            graphs = _graphs_by_tower[tower] = TowerGraphs(settings, weights)
         graph = graphs.find(tower, pixels, compression)
         if graph:
             return graph.encode(pixels)
@@ -67,13 +67,13 @@ def find_tower_obstacle(tower: Any, pixels: Tensor) -> str:
     if torch.is_grad_enabled() and any(tensor.requires_grad for tensor in (pixels, *parameters)):
         return "gradients are needed"
     if torch.compiler.is_compiling() or is_in_torch_dispatch_mode():
-        return "the operations are observed"  # by torch.compile, or by a counter of operations
-    # FSDP2, tensor parallelism and quantization replace tensors by their own; offloading leaves other devices
+        return "the operations are observed"  # By torch.compile, or by a counter of operations
+    # FSDP2, tensor parallelism and quantization replace tensors by their own; offloading leaves other devices.
     if any(type(tensor) is not nn.Parameter or tensor.device != pixels.device for tensor in parameters):
         return "weights are not plain tensors on the device of the pixels"
     if torch.is_autocast_enabled(pixels.device.type):
         return "autocast is on"
-    # hooks gather weights or move inputs, and callers read values by them
+    # Hooks gather weights or move inputs, and callers read values by them.
     if any(has_hooks(module) for module in tower.modules()):
         return "modules have hooks"
     is_capturing = pixels.device.type == "cuda" and torch.cuda.is_current_stream_capturing()
@@ -81,7 +81,7 @@ def find_tower_obstacle(tower: Any, pixels: Tensor) -> str:
 
 
 def has_hooks(module: nn.Module) -> bool:
-    """Tell if anything but the forward pass of its class runs in a call of a module."""
+    """Return True if anything but the forward pass of its class runs in a call of a module."""
     return bool(module._forward_pre_hooks or module._forward_hooks) or "forward" in vars(module)
 
 
@@ -98,7 +98,7 @@ class TowerGraphs:
         self.graphs: dict[Any, TowerGraph] = {}
         self.seen: set[Any] = set()
         self.failed = False
-        # graphs run one after the other, so they can share memory; only their results stay
+        # Graphs run one after the other, so they can share memory; only their results stay.
         self.pool = torch.cuda.graph_pool_handle()
 
     def find(self, tower: Any, pixels: Tensor, compression: TowerCompression) -> "TowerGraph | None":
@@ -111,7 +111,7 @@ class TowerGraphs:
             return None
         try:
             self.graphs[key] = TowerGraph(tower, pixels, compression, self.pool)
-        except RuntimeError as error:  # an option may wait for the device
+        except RuntimeError as error:  # An option may wait for the device
             self.failed = True
             _logger.warning("image tower: without a CUDA graph: %s", " ".join(str(error).split()))
             return None
@@ -127,7 +127,7 @@ class TowerGraph:
         RuntimeError: the pass cannot be captured.
     """
 
-    # tensors of inference mode could not be written outside of it
+    # Tensors of inference mode could not be written outside of it.
     @torch.inference_mode(False)
     @torch.no_grad()
     def __init__(self, tower: Any, pixels: Tensor, compression: TowerCompression, pool: Any) -> None:

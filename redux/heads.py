@@ -1,14 +1,14 @@
 """Heads of the language model that decide how an answer goes on, for `CMAI.heads`.
 
-Few heads decide whether an instruction is followed, so a mean over heads may inhibit the wrong ones.  In Instruction
-Anchor (arXiv 2602.03677) blocking 5 % of the heads degrades following.  Only its abstract was readable, so its way to
-find the heads is not used here.  Importance is that of Michel et al. 2019 (arXiv 1905.10650, eq. 2): the output of each
+Few heads decide whether an instruction is followed, so a mean over heads may inhibit the wrong ones. In Instruction
+Anchor (arXiv 2602.03677) blocking 5 % of the heads degrades following. Only its abstract was readable, so its way to
+find the heads is not used here. Importance is that of Michel et al. 2019 (arXiv 1905.10650, eq. 2): the output of each
 head gets a factor xi = 1, and
 
     I_h = mean over examples of | d loss / d xi_h |
 
-estimates by how much the loss of an answer would change without the head.  An answer that follows its instruction makes
-that the heads which decide about following.  Take examples from the training set, never from the evaluation.
+estimates by how much the loss of an answer would change without the head. An answer that follows its instruction makes
+that the heads which decide about following. Take examples from the training set, never from the evaluation.
 
 Cost: one forward and one backward pass for each example.
 """

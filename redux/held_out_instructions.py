@@ -1,11 +1,11 @@
 """Twelve verifiable constraints that no training text teaches, to measure more than the kinds of IFEval.
 
-Models over-fit the 25 kinds of IFEval (IFBench, arXiv 2507.02833).  These constraints are of other kinds, worded here,
-and a short answer about an image can follow each of them.  They are held out: no training set of this project has their
+Models over-fit the 25 kinds of IFEval (IFBench, arXiv 2507.02833). These constraints are of other kinds, worded here,
+and a short answer about an image can follow each of them. They are held out: no training set of this project has their
 texts or responses that were made to follow them.
 
-A constraint holds for the whole response.  Words are runs of letters and digits, with apostrophes and hyphens inside.
-Letters are compared without upper and lower case.  An answer can contradict its constraint, as "red" does without the
+A constraint holds for the whole response. Words are runs of letters and digits, with apostrophes and hyphens inside.
+Letters are compared without upper and lower case. An answer can contradict its constraint, as "red" does without the
 letter e; such prompts are the same for every model.
 """
 
@@ -46,9 +46,11 @@ def _is_numbered_list(response: str, num_items: int) -> bool:
 
 
 def _has_word_order(response: str, words: Sequence[str]) -> bool:
-    found = _split_words(response)
+    response_words = _split_words(response)
     first, second = (word.casefold() for word in words)
-    return first in found and second in found and found.index(first) < found.index(second)
+    if first not in response_words or second not in response_words:
+        return False
+    return response_words.index(first) < response_words.index(second)
 
 
 def _is_alphabetical(response: str, num_words: int) -> bool:

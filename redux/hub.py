@@ -1,6 +1,6 @@
 """Local copies of checkpoints that lie in a bucket, for as long as they are read.
 
-transformers opens folders and hub ids.  Here any URL that fsspec knows (s3:// with the package s3fs) becomes a folder.
+transformers opens folders and hub ids. Here any URL that fsspec knows (s3:// with the package s3fs) becomes a folder.
 It is deleted as soon as the weights are in memory, since a cache of whole models would fill the disk.
 """
 
@@ -56,7 +56,7 @@ def local_copy(
         OSError: the store or the local disk failed.
     """
     url = fspath(source)
-    # hub ids stay as they are: transformers has its own cache for them
+    # Hub ids stay as they are: transformers has its own cache for them.
     if "://" not in url:
         if asks_hub or not is_hub_id(url):
             check_source(url, label, allowed)
@@ -66,10 +66,10 @@ def local_copy(
         try:
             filesystem, remote_path = fsspec.url_to_fs(url)
             remote_folder = remote_path.rstrip("/")
-            # a configuration alone is read before a job starts; the weights may have many gigabytes
+            # A configuration alone is read before a job starts; the weights may have many gigabytes.
             if skips_weights:
-                found = [posixpath.basename(file) for file in filesystem.ls(remote_folder, detail=False)]
-                names = [name for name in found if name and not name.endswith(WEIGHT_SUFFIXES)]
+                entries = [posixpath.basename(file) for file in filesystem.ls(remote_folder, detail=False)]
+                names = [name for name in entries if name and not name.endswith(WEIGHT_SUFFIXES)]
             if names:
                 filesystem.get(
                     [f"{remote_folder}/{name}" for name in names], [path.join(folder, name) for name in names]
@@ -82,7 +82,7 @@ def local_copy(
 
 
 def check_source(source: str | PathLike, label: str, allowed: str = ALLOWED_MODELS) -> None:
-    """Check that a local folder exists, or that the hub has a model of this name.  URLs are not checked.
+    """Check that a local folder exists, or that the hub has a model of this name. URLs are not checked.
 
     transformers would ask the hub for a mistyped folder, six times within 25 s if the hub cannot be reached.
 
@@ -107,13 +107,13 @@ def check_source(source: str | PathLike, label: str, allowed: str = ALLOWED_MODE
 
 
 def is_hub_id(name: str) -> bool:
-    """Tell if a name can be that of a model on the hub, and neither is nor looks like a path or URL.
+    """Return True if a name can be that of a model on the hub, and neither is nor looks like a path or URL.
 
     >>> [is_hub_id(name) for name in ("lmsys/vicuna-7b-v1.5", "/data/clip", "s3://bucket/clip", "runs/a/b")]
     [True, False, False, False]
     """
     folder = path.dirname(name)
-    # a name in a folder that exists is a mistyped path, such as runs/name
+    # A name in a folder that exists is a mistyped path, such as runs/name.
     if path.exists(name) or (folder and path.isdir(folder)):
         return False
     return bool(HUB_ID.fullmatch(name))
@@ -144,14 +144,14 @@ def _explain_hub(name: str) -> str:
         return ""  # transformers explains how to get access
     except errors.RepositoryNotFoundError:
         return f"{constants.ENDPOINT} has no public model {name} (for a private one, `hf auth login`)"
-    except Exception as error:  # those of HTTP clients differ between versions
+    except Exception as error:  # Those of HTTP clients differ between versions
         reason = " ".join(str(error).split())[:200]
         return f"{constants.ENDPOINT} cannot be asked for a model {name} ({type(error).__name__}: {reason})"
     return ""
 
 
 def explain_error(error: Exception, problem: str, allowed: str) -> ValueError | OSError:
-    """Describe an error of a store in one line.  Each store has errors of its own.
+    """Describe an error of a store in one line. Each store has errors of its own.
 
     Args:
         error: error of a filesystem of fsspec.

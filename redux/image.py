@@ -1,11 +1,11 @@
-"""Pixels for the image tower: LLaVA-1.5's cropped or padded square.  Does not import torch, which readers do without.
+"""Pixels for the image tower: LLaVA-1.5's cropped or padded square. Does not import torch, which readers do without.
 
-Scores are comparable with LLaVA's only if the pixels are bit-equal, and other libraries resize differently.  So the
-default is Pillow: 6 ms for a photo of 640 x 480 at 336 pixels, on one core.  With backend "fast", simplejpeg decodes
-JPEGs to the same bits, and torch resizes with other rounding: 2.5 ms.  Images that are read more than once can be
-prepared once: then 0.3 ms, with the same bits as Pillow.  jobs/bench/pixels.py measures all three.
+Scores are comparable with LLaVA's only if the pixels are bit-equal, and other libraries resize differently. So the
+default is Pillow: 6 ms for a photo of 640 x 480 at 336 pixels, on one core. With backend "fast", simplejpeg decodes
+JPEGs to the same bits, and torch resizes with other rounding: 2.5 ms. Images that are read more than once can be
+prepared once: then 0.3 ms, with the same bits as Pillow. jobs/bench/pixels.py measures all three.
 
-The square stays uint8, a quarter of the bytes of floats.  `redux.model.normalize_pixels` normalises it.
+The square stays uint8, a quarter of the bytes of floats. `redux.model.normalize_pixels` normalises it.
 """
 
 import io
@@ -32,7 +32,7 @@ def load_pixels(
     """Decode an image file, make it square and resize it.
 
     Backend "exact" is bit-equal to LLaVA-1.5: Image.convert("RGB"), which ignores EXIF rotation and drops transparency;
-    for "pad" LLaVA's expand2square; then transformers' CLIP image processor on Pillow.  "fast" differs by at most 2 of
+    for "pad" LLaVA's expand2square; then transformers' CLIP image processor on Pillow. "fast" differs by at most 2 of
     255 levels, by 0.004 on average in photos, and needs the extra `fast`.
 
     Args:
@@ -43,7 +43,7 @@ def load_pixels(
 
     Raises:
         ValueError: the file is not an image, is truncated, or is too large for Pillow's limit against decompression
-            bombs, also after padding or resizing.  A JPEG with damage in its middle is partly grey, as for LLaVA.
+            bombs, also after padding or resizing. A JPEG with damage in its middle is partly grey, as for LLaVA.
     """
     return square_pixels(
         _decode_jpeg(image) if backend == "fast" else decode_rgb(image), size, image_aspect_ratio, backend
@@ -54,7 +54,7 @@ def square_pixels(
     pixels: RgbImage, size: int, image_aspect_ratio: ImageAspectRatio, backend: ImageBackend = "exact"
 ) -> UInt8[np.ndarray, "3 size size"]:
     """Make a decoded image square and resize it; arguments and errors as `load_pixels`."""
-    if pixels.shape[:2] != (size, size):  # a prepared image needs neither step
+    if pixels.shape[:2] != (size, size):  # A prepared image needs neither step
         if image_aspect_ratio == "pad":
             pixels = _pad_to_square(pixels)
         pixels = _resize_and_crop(pixels, size, backend)
@@ -64,8 +64,8 @@ def square_pixels(
 def prepare_image(image: bytes, size: int, image_aspect_ratio: ImageAspectRatio = "pad") -> bytes:
     """Write the pixels of `load_pixels` as a PPM file, which `load_pixels` reads without change.
 
-    The file has 3 size² bytes and a header: at 336 pixels 339 kB, loaded in 0.3 ms.  Among the lossless formats that
-    WebDataset decodes, BMP, TGA and TIFF are no smaller.  PNG takes 150 kB and 4 ms, WebP 110 to 150 kB and 3 ms, half
+    The file has 3 size² bytes and a header: at 336 pixels 339 kB, loaded in 0.3 ms. Among the lossless formats that
+    WebDataset decodes, BMP, TGA and TIFF are no smaller. PNG takes 150 kB and 4 ms, WebP 110 to 150 kB and 3 ms, half
     the time of the JPEG.
     """
     return (
@@ -82,7 +82,7 @@ def decode_rgb(image: bytes) -> RgbImage:
         raise ValueError(f"not an image that Pillow knows: {len(image)} bytes that begin with {image[:8]!r}") from None
     except MemoryError:
         raise
-    except Exception as error:  # each of Pillow's formats has its own: OSError, SyntaxError, struct.error, ...
+    except Exception as error:  # Each of Pillow's formats has its own: OSError, SyntaxError, struct.error, ...
         raise ValueError(f"an image that Pillow cannot read: {type(error).__name__}: {error}") from error
 
 
@@ -100,7 +100,7 @@ def _decode_jpeg(image: bytes) -> RgbImage:
         _check_size(height, width)
         if colours not in ("CMYK", "YCCK"):  # Pillow converts these to RGB differently
             return simplejpeg.decode_jpeg(image)
-    except ValueError:  # no JPEG, too large, or damaged; Pillow decides, since it reads some damaged files
+    except ValueError:  # No JPEG, too large, or damaged; Pillow decides, since it reads some damaged files
         pass
     return decode_rgb(image)
 
@@ -122,7 +122,7 @@ def _pad_to_square(pixels: RgbImage) -> UInt8[np.ndarray, "side side 3"]:
 def _resize_and_crop(pixels: RgbImage, size: int, backend: ImageBackend) -> UInt8[np.ndarray, "size size 3"]:
     """Resize the shorter edge to size and crop the centre: transformers' CLIPImageProcessorPil."""
     short = min(pixels.shape[:2])
-    # rounded down as transformers does, for equal bits
+    # Rounded down as transformers does, for equal bits.
     height, width = (size * edge // short for edge in pixels.shape[:2])
     _check_size(height, width)
     resized = (

@@ -1,25 +1,25 @@
 """The paper's sixteen verifiable instructions: their arguments, texts and checks.
 
-They are IFEval's (Zhou et al. 2023, arXiv 2311.07911).  Texts, ranges of arguments and regular expressions come from
+They are IFEval's (Zhou et al. 2023, arXiv 2311.07911). Texts, ranges of arguments and regular expressions come from
 google-research/instruction_following_eval, which EleutherAI/lm-evaluation-harness maintains (lm_eval/tasks/ifeval,
-commit 0d2cf3b); both Apache-2.0.  The texts are benchmark data, so they are copied word for word, with their mistakes.
-T16 is IFEval's "multi-turn:constrained_start", which its registry comments out.  It is IFEval's only check of a start,
+commit 0d2cf3b); both Apache-2.0. The texts are benchmark data, so they are copied word for word, with their mistakes.
+T16 is IFEval's "multi-turn:constrained_start", which its registry comments out. It is IFEval's only check of a start,
 and the paper has such a task.
 
 Checks are as lenient and as odd as IFEval's, so that scores are comparable: ***bold*** counts as two highlights, a bare
-number is JSON, 1,000 has a comma, and a start may be that of any line.  Keywords, markers, splitters and starters are
-regular expressions.  There are only these differences:
+number is JSON, 1,000 has a comma, and a start may be that of any line. Keywords, markers, splitters and starters are
+regular expressions. There are only these differences:
 
 - langdetect has the same seed for every text, in a detector of this module, so that order, threads and other users of
-  langdetect change nothing.  IFEval sets no seed: "a man and a dog" is English in seven of ten cases.
-- All arguments must be present and valid, counts at least 1; otherwise a ValueError is raised.  IFEval samples a
+  langdetect change nothing. IFEval sets no seed: "a man and a dog" is English in seven of ten cases.
+- All arguments must be present and valid, counts at least 1; otherwise a ValueError is raised. IFEval samples a
   missing argument, and lm-eval drops an argument of 0, so that the number checked was not in the prompt.
-- Brackets nested too deeply for Python's JSON reader are not JSON.  In IFEval they end the evaluation.
+- Brackets nested too deeply for Python's JSON reader are not JSON. In IFEval they end the evaluation.
 
 All functions also take the constraints of `redux.held_out_instructions`, which are not part of IFEval.
 
-`redux.sentences` splits sentences.  Words are matches of the library `regex`, as in NLTK since 3.10, which lm-eval
-uses: in Unicode a combining mark belongs to its word.  Older NLTK matches with `re`.
+`redux.sentences` splits sentences. Words are matches of the library `regex`, as in NLTK since 3.10, which lm-eval
+uses: in Unicode a combining mark belongs to its word. Older NLTK matches with `re`.
 
 Cost: a few milliseconds for a check of upper or lower case, which detects the language; microseconds for the others.
 """
@@ -112,7 +112,7 @@ def render_instruction(id: str, kwargs: Mapping[str, Any]) -> str:
 
 
 def follows_strictly(id: str, kwargs: Mapping[str, Any], response: str) -> bool:
-    """Tell if the unchanged response follows the instruction.  An empty response follows none.
+    """Return True if the unchanged response follows the instruction. An empty response follows none.
 
     Args:
         id: IFEval's id.
@@ -127,10 +127,10 @@ def follows_strictly(id: str, kwargs: Mapping[str, Any], response: str) -> bool:
 
 
 def follows_loosely(id: str, kwargs: Mapping[str, Any], response: str) -> bool:
-    """Tell if any of eight variants follows the instruction, as IFEval's loose accuracy.
+    """Return True if any of eight variants follows the instruction, as IFEval's loose accuracy.
 
     The variants are the response without its first line, its last line, both or neither, each with and without
-    asterisks.  Arguments and errors are those of `follows_strictly`.
+    asterisks. Arguments and errors are those of `follows_strictly`.
     """
     lines = response.split("\n")
     cut = [response, *("\n".join(part).strip() for part in (lines[1:], lines[:-1], lines[1:-1]))]
@@ -178,7 +178,7 @@ def _is_uppercase(response: str) -> bool:
 
 
 def _is_english(text: str) -> bool:
-    """Tell if langdetect finds English; a text without features of a language counts as English, as in IFEval."""
+    """Return True if langdetect finds English; a text without features of a language counts as English (IFEval)."""
     detector = _load_language_detectors().create()
     try:
         detector.append(text)
@@ -252,8 +252,13 @@ def _has_sentence_count(response: str, num_sentences: int, relation: str) -> boo
 
 
 def _has_word_count(response: str, num_words: int, relation: str) -> bool:
-    # NLTK 3.10 matches with this library, which keeps combining marks inside words; `re` ends a word before them
-    return _compare_count(len(regex.findall(r"\w+", response)), relation, num_words)
+    # NLTK 3.10 matches with this library, which keeps combining marks inside words; `re` ends a word before them.
+    return _compare_count(count_words(response), relation, num_words)
+
+
+def count_words(response: str) -> int:
+    """Count the words of a response, as the instruction on their number does."""
+    return len(regex.findall(r"\w+", response))
 
 
 def _compare_count(count: int, relation: str, bound: int) -> bool:

@@ -1,12 +1,12 @@
 """Batched spherical K-means for the redundant tokens of VMTC.
 
-The paper clusters "based on cosine similarity" and says nothing of seeds, iterations or empty clusters.  Nothing here
-is random, since recomputed activations and resumed runs must give the same clusters.  Nothing here reads a value on the
-host, since the GPU would wait: the number of iterations is fixed, and index arithmetic refills empty clusters.  The
+The paper clusters "based on cosine similarity" and says nothing of seeds, iterations or empty clusters. Nothing here
+is random, since recomputed activations and resumed runs must give the same clusters. Nothing here reads a value on the
+host, since the GPU would wait: the number of iterations is fixed, and index arithmetic refills empty clusters. The
 result has exactly c clusters, none of them empty, so that shapes are static.
 
 Cost: 2 iterations + 1 products of (tokens x dim) by (dim x clusters) for each image, a small part of one ViT block, in
-about 20 small launches an iteration.  `redux.kernels.kmeans` takes two launches for all.
+about 20 small launches an iteration. `redux.kernels.kmeans` takes two launches for all.
 
 Shapes: batch, tokens, dim; clusters = c.
 """
@@ -19,14 +19,14 @@ from torch.nn import functional as F
 from redux.kernels import use_fused
 from redux.settings import KMeansSeeds
 
-MAX_FUSED_TOKENS, MAX_FUSED_CLUSTERS = 4096, 128  # limits of the registers of a multiprocessor
+MAX_FUSED_TOKENS, MAX_FUSED_CLUSTERS = 4096, 128  # Limits of the registers of a multiprocessor
 
 
 @torch.no_grad()
 def kmeans(
     tokens: Float[Tensor, "batch tokens dim"], clusters: int, iterations: int, seeds: KMeansSeeds = "strided"
 ) -> Int[Tensor, "batch tokens"]:
-    """Compute the cluster number of each token.  Every cluster in 0..clusters-1 has at least one token.
+    """Compute the cluster number of each token. Every cluster in 0..clusters-1 has at least one token.
 
     Args:
         tokens: vectors to cluster.
@@ -82,7 +82,7 @@ def _choose_seeds(
         for _ in range(clusters - 1):
             last = unit.gather(1, chosen[:, -1:, None].expand(-1, -1, unit.shape[-1]))
             similarity = torch.maximum(similarity, (unit @ last.transpose(1, 2)).squeeze(-1))
-            # infinity: a chosen token is never chosen again, and its equals come last
+            # Infinity: a chosen token is never chosen again, and its equals come last.
             similarity = similarity.scatter(1, chosen[:, -1:], torch.inf)
             chosen = torch.cat([chosen, similarity.argmin(dim=1, keepdim=True)], dim=1)
         return chosen
@@ -100,17 +100,17 @@ def _assign_clusters(
 ) -> Int[Tensor, "batch tokens"]:
     """Assign each token to its nearest centroid, then move one distant token into each empty cluster.
 
-    The best token of every other cluster stays, so that moving empties no cluster.  There are enough other tokens,
+    The best token of every other cluster stays, so that moving empties no cluster. There are enough other tokens,
     since tokens >= clusters.
     """
     similarity, nearest = (unit @ centroids.transpose(1, 2)).max(dim=-1)
-    # equal tokens (a constant image) tie everywhere: max takes the first, stable sort keeps their order
+    # Equal tokens (a constant image) tie everywhere: max takes the first, stable sort keeps their order.
     highest, best = similarity.unsqueeze(-1).masked_fill(nearest.unsqueeze(-1) != numbers, -torch.inf).max(dim=1)
     empty = highest == -torch.inf
-    # the best token of each cluster is anchored at infinity; the least similar of the others may move
+    # The best token of each cluster is anchored at infinity; the least similar of the others may move.
     anchors = highest.masked_fill(~empty, torch.inf)
     movable = similarity.scatter_reduce(1, best, anchors, "amax").argsort(dim=1, stable=True)
     refill = (empty.cumsum(dim=1) - 1).clamp_min(0)
-    # a cluster that is not empty assigns its own best token to itself again
+    # A cluster that is not empty assigns its own best token to itself again.
     source = torch.where(empty, movable.gather(1, refill), best)
     return nearest.scatter(1, source, numbers.expand_as(source))

@@ -1,7 +1,7 @@
 """Load checkpoints completely, or refuse them.
 
-transformers initialises missing weights at random and ignores unknown ones, both with a warning.  A model that is
-partly random trains and scores like any other, so here both are errors.  Weights that transformers itself calls
+transformers initialises missing weights at random and ignores unknown ones, both with a warning. A model that is
+partly random trains and scores like any other, so here both are errors. Weights that transformers itself calls
 harmless (tied heads, buffers of older versions) stay harmless.
 """
 
@@ -27,7 +27,7 @@ WRAPPERS = {
 """Prefixes of parameter names, and the wrapper that adds each."""
 
 DAMAGE_ERRORS = ("SafetensorError", "UnpicklingError", "EOFError")
-"""Names of errors that readers raise for damaged files of weights.  Nothing here unpickles."""
+"""Names of errors that readers raise for damaged files of weights. Nothing here unpickles."""
 
 GIT_LFS_HEADER = b"version https://git-lfs"
 
@@ -56,7 +56,7 @@ def load_model(
         OSError: there is no such checkpoint.
     """
     with report_damage(path, label):
-        # without ignore_mismatched_sizes a weight of another shape is a RuntimeError that does not name it
+        # Without ignore_mismatched_sizes a weight of another shape is a RuntimeError that does not name it.
         model, loading_info = model_class.from_pretrained(
             path, output_loading_info=True, **{"ignore_mismatched_sizes": True, **options}
         )
@@ -71,12 +71,12 @@ def report_damage(path: str | os.PathLike | None, label: str) -> Iterator[None]:
     transformers' table of missing weights is hidden, as `check_loading` reports them in one line.
     """
     reporter = logging.getLogger("transformers.modeling_utils")
-    # a filter, since the level of errors would also hide layers that are not sharded
+    # A filter, since the level of errors would also hide layers that are not sharded.
     reporter.addFilter(_is_no_report)
     try:
         yield
     except Exception as error:
-        # torch raises it for a file that is larger than the address space or the memory that may be committed
+        # torch raises it for a file that is larger than the address space or the memory that may be committed.
         if isinstance(error, RuntimeError) and "unable to mmap" in str(error):
             raise UnmappedWeightsError(
                 f"{label}: got {path}, whose weights cannot be mapped into memory, allowed: a machine with more memory "
@@ -84,7 +84,7 @@ def report_damage(path: str | os.PathLike | None, label: str) -> Iterator[None]:
             ) from error
         if type(error).__name__ not in DAMAGE_ERRORS:
             raise
-        # a clone without git-lfs has small text files in place of the weights
+        # A clone without git-lfs has small text files in place of the weights.
         pointers = [file.name for file in sorted(Path(path or "").glob("*")) if _is_pointer(file)]
         if pointers:
             reason = f"{pointers[0]} is a git-lfs pointer; git lfs pull fetches the file"
@@ -127,7 +127,7 @@ def check_loading(
 
 def describe_names(names: Collection[str], path: str | os.PathLike | None) -> str:
     """Describe the origin of unexpected parameter names and the remedy; "" if they show none."""
-    # adapters first: their names carry the prefix of PEFT, too, and need another remedy
+    # Adapters first: their names carry the prefix of PEFT, too, and need another remedy.
     if any(ADAPTER_PARAMETER.search(f".{name}") for name in names):
         return "; these are PEFT adapters: merge them first, by merge_and_unload"
     for prefix, wrapper in WRAPPERS.items():
@@ -142,7 +142,7 @@ def load_tokenizer(folder: str | os.PathLike, label: str, **options: Any) -> Pre
         return AutoTokenizer.from_pretrained(folder, **options)
     except MemoryError:
         raise
-    except Exception as error:  # the package tokenizers raises plain Exception for a damaged file
+    except Exception as error:  # The package tokenizers raises plain Exception for a damaged file
         reason = " ".join(str(error).split())
         raise ValueError(
             f"{label}: got {folder}, allowed: a folder with a tokenizer that can be read; {reason}"
@@ -183,7 +183,7 @@ def strip_wrappers(name: str) -> str:
     >>> strip_wrappers("module._orig_mod.model.language_model._orig_mod.norm.weight")
     'model.language_model.norm.weight'
     """
-    # torch.compile may wrap any submodule, the others only the whole model
+    # torch.compile may wrap any submodule, the others only the whole model.
     for prefix in WRAPPERS:
         name = name.removeprefix(prefix) if prefix != "_orig_mod." else name.replace(prefix, "")
     return strip_wrappers(name) if name.startswith(tuple(WRAPPERS)) else name
@@ -203,7 +203,7 @@ def _is_no_report(record: logging.LogRecord) -> bool:
 
 
 def _is_pointer(file: Path) -> bool:
-    """Tell if a file is a git-lfs pointer in place of its content."""
+    """Return True if a file is a git-lfs pointer in place of its content."""
     if not file.is_file():
         return False
     with file.open("rb") as opened:

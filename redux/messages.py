@@ -1,4 +1,4 @@
-"""Messages of a conversation, and how an answer is chosen and delivered.  Does not import torch."""
+"""Messages of a conversation, and how an answer is chosen and delivered. Does not import torch."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass

@@ -1,7 +1,7 @@
 """LLaVA with token compression in the image tower (VMTC) and attention inhibition in the language model (CMAI).
 
-transformers' own classes do the work.  No weights are added, so a plain LLaVA checkpoint loads as it is, and plain
-transformers opens what is saved.  Code is added at two places: the image tower (`redux.tower`) and, by `redux.plugin`,
+transformers' own classes do the work. No weights are added, so a plain LLaVA checkpoint loads as it is, and plain
+transformers opens what is saved. Code is added at two places: the image tower (`redux.tower`) and, by `redux.plugin`,
 the attention function of the language model.
 
 Shapes: batch, images, patches, tokens (visual tokens that reach the language model), dim.
@@ -139,8 +139,8 @@ class ReduxModel(LlavaModel):
         if overrides and (self.vmtc or self.reduction):
             name, value = overrides.popitem()
             raise ValueError(f"{name}: got {value}, allowed with vmtc or reduction: {getattr(self.config, name)}")
-        # A batch of text alone encodes a token of a blank image, and takes nothing of it.  Parameters then have
-        # gradients, zeros, and modules run as on ranks with images.  Otherwise ranks would wait for each other.
+        # A batch of text alone encodes a token of a blank image, and takes nothing of it. Parameters then have
+        # gradients, zeros, and modules run as on ranks with images. Otherwise ranks would wait for each other.
         has_images = len(pixel_values) > 0
         if not has_images:
             pixel_values = pixel_values.new_zeros(1, *pixel_values.shape[1:])
@@ -154,9 +154,9 @@ class ReduxModel(LlavaModel):
         return output
 
     def project_features(self, features: Float[Tensor, "images tokens dim"]) -> BaseModelOutputWithPooling:
-        """Project features of `encode_images`.  Result as of `get_image_features`."""
+        """Project features of `encode_images`. Result as of `get_image_features`."""
         projected = self.multi_modal_projector(features)
-        # the list must not be empty, since its tensors are joined
+        # The list must not be empty, since its tensors are joined.
         return BaseModelOutputWithPooling(features, pooler_output=list(projected) or [projected.flatten(0, 1)])
 
 
@@ -167,7 +167,7 @@ class ReduxForConditionalGeneration(LlavaForConditionalGeneration):
     config: ReduxConfig
 
     def __init__(self, config: ReduxConfig) -> None:
-        # LlavaForConditionalGeneration's __init__ is skipped: it would build a second, plain model first
+        # LlavaForConditionalGeneration's __init__ is skipped: it would build a second, plain model first.
         super(LlavaForConditionalGeneration, self).__init__(config)
         self.model = ReduxModel(config)
         self.lm_head = nn.Linear(config.text_config.hidden_size, config.text_config.vocab_size, bias=False)
@@ -186,21 +186,21 @@ class ReduxForConditionalGeneration(LlavaForConditionalGeneration):
                 folder; None turns that part off.
 
         Raises:
-            ValueError: weights are missing, unexpected or of another shape.  `ignore_mismatched_sizes` allows another
+            ValueError: weights are missing, unexpected or of another shape. `ignore_mismatched_sizes` allows another
                 shape.
         """
         if pretrained_model_name_or_path is None:
             return super().from_pretrained(None, *args, config=config, **kwargs)
-        # fields of the configuration, which transformers would pass to `__init__`
+        # Fields of the configuration, which transformers would pass to `__init__`.
         changes = {name: kwargs.pop(name) for name in (*METHODS, *FEATURE_FIELDS) if name in kwargs}
         returns_info = kwargs.pop("output_loading_info", False)
         allows_mismatch = kwargs.pop("ignore_mismatched_sizes", False)
-        # transformers asks the hub with a token or a cache of the arguments
+        # transformers asks the hub with a token or a cache of the arguments.
         with (
             local_copy(pretrained_model_name_or_path, asks_hub=False) as folder,
             report_damage(pretrained_model_name_or_path, "path"),
         ):
-            # read the configuration first: the layout of the LLaVA repository would fail later without a clear error
+            # Read the configuration first: the layout of the LLaVA repository would fail later without a clear error.
             if config is None or isinstance(config, str | os.PathLike):
                 hub_options = ("cache_dir", "revision", "subfolder", "token", "local_files_only")
                 options = {name: kwargs[name] for name in hub_options if name in kwargs}
@@ -208,7 +208,7 @@ class ReduxForConditionalGeneration(LlavaForConditionalGeneration):
                 check_layout(saved, pretrained_model_name_or_path, "path")
                 config = cls.config_class.from_pretrained(config or folder, **options)
             config = cls.config_class(**{**config.to_dict(), **changes})
-            # without ignore_mismatched_sizes a weight of another shape is a RuntimeError that does not name it
+            # Without ignore_mismatched_sizes a weight of another shape is a RuntimeError that does not name it.
             options = {"ignore_mismatched_sizes": True, "output_loading_info": True, **kwargs}
             model, loading_info = super().from_pretrained(folder, *args, config=config, **options)
         checked = {**loading_info, "mismatched_keys": set()} if allows_mismatch else loading_info
@@ -219,13 +219,13 @@ class ReduxForConditionalGeneration(LlavaForConditionalGeneration):
         """Group the parameters by the part in `PART_PREFIXES` that they belong to."""
         parameters: dict[str, list[nn.Parameter]] = {part: [] for part in PART_PREFIXES}
         for name, parameter in self.named_parameters():
-            # the prefix of "language" is empty, so that the last part takes every other name
+            # The prefix of "language" is empty, so that the last part takes every other name.
             part = next(part for part, prefix in PART_PREFIXES.items() if name.startswith(prefix))
             parameters[part].append(parameter)
         return parameters
 
 
-# transformers (5.23) looks up the parameter names of older LLaVA checkpoints by the name of the class
+# transformers (5.23) looks up the parameter names of older LLaVA checkpoints by the name of the class.
 for _redux_name, _llava_name in (("ReduxModel", "LlavaModel"), ("ReduxForConditionalGeneration", "llava")):
     register_checkpoint_conversion_mapping(_redux_name, get_checkpoint_conversion_mapping(_llava_name), overwrite=True)
 
@@ -237,7 +237,7 @@ def normalize_pixels(images: UInt8[Tensor, "images 3 height width"]) -> Float[Te
 
 
 def build_model(model: ModelSettings, tokenizer: PreTrainedTokenizerBase) -> ReduxForConditionalGeneration:
-    """Build a model from sizes with random weights and the tokenizer's vocabulary.  Seed torch before."""
+    """Build a model from sizes with random weights and the tokenizer's vocabulary. Seed torch before."""
     special_tokens = {name: getattr(tokenizer, name) for name in ("bos_token_id", "eos_token_id", "pad_token_id")}
     config = build_config(model, len(tokenizer), **special_tokens)
     config.image_token_index = tokenizer.convert_tokens_to_ids(IMAGE_TOKEN)

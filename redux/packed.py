@@ -1,8 +1,8 @@
 """Packed rows as a batch of their conversations, for attention with CMAI.
 
-A packed row has several conversations, and positions restart in each.  Attention is the only part of a language model
-that looks at other tokens.  So queries, keys and values are split into one sequence per conversation, padded on the
-right, and the outputs are joined to rows again.  All code of CMAI, plain and fused, then sees conversations as it does
+A packed row has several conversations, and positions restart in each. Attention is the only part of a language model
+that looks at other tokens. So queries, keys and values are split into one sequence per conversation, padded on the
+right, and the outputs are joined to rows again. All code of CMAI, plain and fused, then sees conversations as it does
 without packing, and computes no pair of two conversations.
 
 Shapes: rows and length (of packed rows), tokens = rows x length, conversations, longest (conversation).
@@ -46,16 +46,16 @@ class PackedConversations:
         rows, length = position_ids.shape
         is_start = torch.ones_like(position_ids, dtype=torch.bool)
         is_start[:, 1:] = position_ids.diff(dim=1) != 1
-        first = is_start.flatten().nonzero().flatten()
-        if len(first) == rows:
+        starts = is_start.flatten().nonzero().flatten()
+        if len(starts) == rows:
             return None
         numbers = torch.arange(rows * length, device=position_ids.device)
-        sizes = torch.cat([first[1:], first.new_tensor([rows * length])]) - first
+        sizes = torch.cat([starts[1:], starts.new_tensor([rows * length])]) - starts
         longest = int(sizes.max())
         is_token = numbers[:longest] < sizes[:, None]
-        tokens = torch.where(is_token, first[:, None] + numbers[:longest], first[:, None])
+        tokens = torch.where(is_token, starts[:, None] + numbers[:longest], starts[:, None])
         conversation = is_start.flatten().cumsum(dim=0) - 1
-        indices = conversation * longest + numbers - first[conversation]
+        indices = conversation * longest + numbers - starts[conversation]
         return cls(tokens, is_token.to(torch.uint8), indices.view(rows, length))
 
     def to(self, device: torch.device, non_blocking: bool = False) -> "PackedConversations":
@@ -90,7 +90,7 @@ class PackedInhibition:
     inhibition: Inhibition
 
     def to(self, device: Any, non_blocking: bool = False) -> "PackedInhibition":
-        """Return the inhibition on another device.  accelerate's hooks call it."""
+        """Return the inhibition on another device. accelerate's hooks call it."""
         device = torch.device(device)
         if device == self.conversations.tokens.device:
             return self

@@ -1,6 +1,6 @@
 """Tensor parallelism: attention modules whose heads are split over ranks, as by transformers' `tp_plan`.
 
-Every rank has the same number of heads, so the mean over heads is the mean of the ranks' means.  The weights show the
+Every rank has the same number of heads, so the mean over heads is the mean of the ranks' means. The weights show the
 split: split projections are DTensors.
 """
 
@@ -26,14 +26,14 @@ def head_mesh(attention: nn.Module, heads: int) -> "DeviceMesh | None":
     Raises:
         ValueError: heads are missing on this rank, and no weight is split accordingly.
     """
-    # a module without a configuration counts as whole
+    # A module without a configuration counts as whole.
     config = getattr(attention, "config", None)
     total = getattr(config, "num_attention_heads", heads)
     if heads == total or not isinstance(total, int) or not (dist.is_available() and dist.is_initialized()):
         return None
     for weight in attention.parameters():
         if isinstance(weight, DTensor):
-            # a mesh may have more axes, for data parallelism; only the axis of the split heads counts
+            # A mesh may have more axes, for data parallelism; only the axis of the split heads counts.
             for axis, placement in enumerate(weight.placements):
                 if placement.is_shard() and weight.device_mesh.size(axis) * heads == total:
                     mesh = weight.device_mesh
@@ -45,7 +45,7 @@ def head_mesh(attention: nn.Module, heads: int) -> "DeviceMesh | None":
 
 
 def mean_over_ranks(local: Float[Tensor, "*shape"], mesh: "DeviceMesh | None") -> Float[Tensor, "*shape"]:
-    """Compute the mean over all heads from the mean of each rank.  A gradient flows back to each rank's part."""
+    """Compute the mean over all heads from the mean of each rank. A gradient flows back to each rank's part."""
     return local if mesh is None else _gather_from_ranks(local / mesh.size(), mesh, Partial())
 
 
@@ -55,6 +55,6 @@ def join_heads(local: Float[Tensor, "*shape width"], mesh: "DeviceMesh | None") 
 
 
 def _gather_from_ranks(local: Tensor, mesh: "DeviceMesh", placement: "Placement") -> Tensor:
-    # run_check=False: no collective that compares the ranks' shapes
+    # run_check=False: no collective that compares the ranks' shapes.
     distributed = DTensor.from_local(local, mesh, [placement], run_check=False)
     return distributed.redistribute(placements=[Replicate()]).to_local()

@@ -1,11 +1,11 @@
 """Picture of kept, merged and dropped patches, drawn over the image.
 
-A token count shows how much was removed; a picture shows whether it was the right part.  Kept patches stay unchanged,
-inside a thin outline.  The patches of one cluster share a translucent tint, which leaves the image visible.  Dropped
+A token count shows how much was removed; a picture shows whether it was the right part. Kept patches stay unchanged,
+inside a thin outline. The patches of one cluster share a translucent tint, which leaves the image visible. Dropped
 patches turn dark grey.
 
 A tint is a colour and a texture: the seven colours of Okabe and Ito (2008) for colour-blind readers, without black,
-each plain, in stripes, in stripes of the other direction, and in a check.  So 28 clusters look different before two
+each plain, in stripes, in stripes of the other direction, and in a check. So 28 clusters look different before two
 look the same.
 
 Cost: one pass in numpy over a picture of about `size` pixels a side, some milliseconds.
@@ -19,19 +19,19 @@ from redux.settings import grid_side
 
 CLUSTER_COLOURS = np.array(
     [
-        (230, 159, 0),  # orange
-        (86, 180, 233),  # sky blue
-        (0, 158, 115),  # bluish green
-        (204, 121, 167),  # reddish purple
-        (240, 228, 66),  # yellow
-        (0, 114, 178),  # blue
-        (213, 94, 0),  # vermillion
+        (230, 159, 0),  # Orange
+        (86, 180, 233),  # Sky blue
+        (0, 158, 115),  # Bluish green
+        (204, 121, 167),  # Reddish purple
+        (240, 228, 66),  # Yellow
+        (0, 114, 178),  # Blue
+        (213, 94, 0),  # Vermillion
     ],
     dtype=np.float32,
 )
 TEXTURES = 4
-TINT, STRIPE = 0.62, 0.28  # opacity of a tint, and of the lighter half of a texture
-DARK, LIGHT = 0.45, 0.6  # opacity of the outlines: black around a patch, white inside it
+TINT, STRIPE = 0.62, 0.28  # Opacity of a tint, and of the lighter half of a texture
+DARK, LIGHT = 0.45, 0.6  # Opacity of the outlines: black around a patch, white inside it
 
 
 def enlarge_image(image: Image.Image, patches: int, size: int = 256) -> Image.Image:
@@ -59,16 +59,16 @@ def draw_patches(
     side = grid_side(token_of_patch.size)
     picture = np.asarray(enlarge_image(image, token_of_patch.size, size)).astype(np.float32)
     cell = picture.shape[0] // side
-    # fill: grey for dropped patches, a tint for each cluster
+    # Fill: grey for dropped patches, a tint for each cluster.
     dropped = token_of_patch < 0
     clustered = merged & ~dropped
     picture = np.where(_repeat_for_pixels(dropped, cell)[..., None], _darken_to_grey(picture), picture)
     picture = _tint_clusters(picture, np.where(clustered, token_of_patch, -1), cell)
-    # outlines: black between tokens
+    # Outlines: black between tokens.
     edges = _find_borders(token_of_patch, cell)
     picture = _blend(picture, 0, DARK * edges)
     kept = _repeat_for_pixels(~merged & ~dropped, cell)
-    # a white line inside the black one: on every colour one of the two is visible
+    # A white line inside the black one: on every colour one of the two is visible.
     picture = _blend(picture, 255, LIGHT * (kept & ~edges & _inner_ring(side, cell)))
     return Image.fromarray(picture.round().astype(np.uint8))
 
@@ -98,7 +98,7 @@ def _tint_clusters(
     picture: Float[np.ndarray, "height width 3"], token_of_patch: Int[np.ndarray, "patches"], cell: int
 ) -> Float[np.ndarray, "height width 3"]:
     """Tint each cluster by its rank among the output tokens; -1 stays unchanged."""
-    # colours go by rank, since numbers of tokens also count kept ones
+    # Colours go by rank, since numbers of tokens also count kept ones.
     clusters = np.unique(token_of_patch[token_of_patch >= 0])
     rank = _repeat_for_pixels(np.searchsorted(clusters, token_of_patch), cell)
     dense = _build_textures(cell, picture.shape[0])[rank // len(CLUSTER_COLOURS) % TEXTURES, *np.indices(rank.shape)]
@@ -107,7 +107,7 @@ def _tint_clusters(
 
 
 def _build_textures(cell: int, width: int) -> Bool[np.ndarray, "textures width width"]:
-    """Build a mask of each texture's dense half.  Its period divides the patch, so textures continue across patches."""
+    """Build a mask of each texture's dense half. Its period divides the patch, so textures continue across patches."""
     row, column = np.indices((width, width))
     period = cell // 2
     half = max(1, period // 2)
@@ -126,7 +126,7 @@ def _find_borders(token_of_patch: Int[np.ndarray, "patches"], cell: int) -> Bool
 
 
 def _inner_ring(side: int, cell: int) -> Bool[np.ndarray, "height width"]:
-    """Find the two outermost pixels of each patch.  Without the border pixels, the second one remains."""
+    """Find the two outermost pixels of each patch. Without the border pixels, the second one remains."""
     position = np.arange(side * cell) % cell
     outer = (position < 2) | (position >= cell - 2)
     return outer[:, None] | outer[None, :]

@@ -1,17 +1,17 @@
 """CMAI in any image-text-to-text model of transformers whose language model decodes images and text in one sequence.
 
-Hooks do it; no subclass and no second `forward` or `generate` is needed.
+Hooks add CMAI; no subclass and no second `forward` or `generate` is needed.
 
-1. The token ids of a call of the model, or of its base model, show which tokens are image tokens.  Q-Former models
+1. The token ids of a call of the model, or of its base model, show which tokens are image tokens. Q-Former models
    generate with their language model alone, without their own `forward`; then the ids that were embedded show the same.
 2. Before the decoder runs, a hook adds `inhibition` to its keyword arguments, which transformers passes on to the
-   attention function.  The cache must be a `FocusCache` or a `StaticFocusCache`.  An empty `DynamicCache` or
+   attention function. The cache must be a `FocusCache` or a `StaticFocusCache`. An empty `DynamicCache` or
    `StaticCache`, as `generate` makes it, becomes one in place, so its owner keeps the same object.
-3. After the model, also after an error, its ids are dropped.  Embeddings of unknown origin are refused.
+3. After the model, also after an error, its ids are dropped. Embeddings of unknown origin are refused.
 
-Token ids belong to a call, not to the model: several threads may call one model, and models may call each other.  A
+Token ids belong to a call, not to the model: several threads may call one model, and models may call each other. A
 hook reads all it needs from the module of the call, so modules can be copied, pickled and replicated with their hooks.
-The hooks cost one comparison of token ids in each call, in addition to CMAI's own cost (see `redux.cmai`).  Modules
+The hooks cost one comparison of token ids in each call, in addition to CMAI's own cost (see `redux.cmai`). Modules
 inside the decoder have no hooks, so recomputed activations see the same `inhibition`.
 """
 
@@ -37,14 +37,14 @@ IMAGE_TOKEN_FIELDS = ("image_token_id", "video_token_id")
 def inhibit(model: PreTrainedModel, cmai: CMAI | None) -> None:
     """Turn CMAI on in an image-text-to-text model, change its settings, or turn it off.
 
-    After it is turned off, the model is as before.  A ReduxForConditionalGeneration is saved with its settings.
+    After it is turned off, the model is as before. A ReduxForConditionalGeneration is saved with its settings.
 
     Args:
         model: a model of transformers.
         cmai: settings; None turns CMAI off.
 
     Raises:
-        ValueError: CMAI cannot work in the model.  It has no image tokens, or its language model is an encoder-decoder,
+        ValueError: CMAI cannot work in the model. It has no image tokens, or its language model is an encoder-decoder,
             forgets keys, attends to images by cross-attention, or does not use AttentionInterface.
     """
     if not isinstance(cmai, CMAI | None):
@@ -68,16 +68,18 @@ def _check_compatible(model: PreTrainedModel) -> None:
         raise ValueError(
             f"image_token_id: got None in the configuration of {model_class}, allowed: the id of image tokens"
         )
-    # image and text must be one sequence of a decoder
+    # Image and text must be one sequence of a decoder.
     text_config = model.config.get_text_config()
     if text_config.is_encoder_decoder:
         raise ValueError(f"is_encoder_decoder: got True in the language model of {model_class}, allowed: False")
     if getattr(text_config, "cross_attention_layers", None):
         raise ValueError(f"cross_attention_layers: got some in {model_class}, allowed: images and text in one sequence")
-    # a cache that drops keys, such as that of sliding windows, no longer has image tokens at their positions
-    forgetful = {type(layer).__name__ for layer in DynamicCache(config=text_config).layers} - {"DynamicLayer"}
-    if forgetful:
-        raise ValueError(f"cache: got {', '.join(sorted(forgetful))}, allowed: DynamicLayer, which forgets no token")
+    # A cache that drops keys, such as that of sliding windows, no longer has image tokens at their positions.
+    unsupported_layers = {type(layer).__name__ for layer in DynamicCache(config=text_config).layers} - {"DynamicLayer"}
+    if unsupported_layers:
+        raise ValueError(
+            f"cache: got {', '.join(sorted(unsupported_layers))}, allowed: DynamicLayer, which forgets no token"
+        )
     if getattr(text_config, "attn_logit_softcapping", None):
         raise ValueError(
             f"attn_logit_softcapping: got {text_config.attn_logit_softcapping} in the language model of {model_class}, "
@@ -175,12 +177,12 @@ class _Inhibitor:
         if getattr(decoder, "_inhibited", False):
             raise ValueError(f"model: got {type(model).__name__}, allowed: the one in which CMAI was turned on before")
         decoder._inhibited = True
-        # models may share a configuration, in which another one has already set CMAI's attention
+        # Models may share a configuration, in which another one has already set CMAI's attention.
         current = decoder.config._attn_implementation
         original_attention = "sdpa" if current == ATTENTION_NAME else current
         inhibitor = cls(cmai, _image_token_ids(model), original_attention)
         decoder.set_attn_implementation(ATTENTION_NAME)
-        # always_call: hooks after a module also run after an error in it
+        # always_call: hooks after a module also run after an error in it.
         inhibitor.handles = [
             model.register_forward_pre_hook(inhibitor.before_model, with_kwargs=True),
             model.register_forward_hook(inhibitor.after_model, always_call=True),
@@ -189,11 +191,11 @@ class _Inhibitor:
         ]
         base = model.base_model
         if base is not model and base is not decoder:
-            # PEFT calls the model's `forward` without its hooks, and that calls the base model
+            # PEFT calls the model's `forward` without its hooks, and that calls the base model.
             inhibitor.handles.append(base.register_forward_pre_hook(inhibitor.before_base_model, with_kwargs=True))
             inhibitor.handles.append(base.register_forward_hook(inhibitor.after_model, always_call=True))
         if type(model).generate is not GenerationMixin.generate:
-            # Q-Former models embed the prompt outside of `forward`; this hook has no handle, since copies have it too
+            # Q-Former models embed the prompt outside of `forward`; this hook has no handle, since copies have it too.
             model.get_input_embeddings().register_forward_pre_hook(_EmbeddingHook(inhibitor.key))
         return inhibitor
 
@@ -223,7 +225,7 @@ class _Inhibitor:
         _CALLS.running = (*_CALLS.running, _Call(self.key, ids))
 
     def after_model(self, *_: Any) -> None:
-        """End the call.  Runs after an error, too."""
+        """End the call. Runs after an error, too."""
         if _CALLS.running and _CALLS.running[-1].key == self.key:
             _CALLS.running = _CALLS.running[:-1]
 
@@ -235,8 +237,8 @@ class _Inhibitor:
                 f"attn_implementation: got {attention}, allowed: {ATTENTION_NAME} while CMAI is on; "
                 "redux.inhibit(model, None) turns it off"
             )
-        # recomputation would write into the cache a second time; transformers' layers drop their cache for it, too
-        # transformers has a property for this, whose name differs between 5.19 and 5.23
+        # Recomputation would write into the cache a second time; transformers' layers drop their cache for it, too.
+        # transformers has a property for this, whose name differs between 5.19 and 5.23.
         checkpointing = (getattr(module, "gradient_checkpointing", False) for module in decoder.modules())
         recomputing = decoder.training and any(checkpointing)
         is_image = self._find_image_tokens(kwargs)
@@ -256,7 +258,7 @@ class _Inhibitor:
             changes["past_key_values"] = cache
         masks = kwargs.get("attention_mask")
         if isinstance(masks, dict):
-            # generate passes a mask for each kind of layer; `_check_compatible` admits full attention only
+            # generate passes a mask for each kind of layer; `_check_compatible` admits full attention only.
             if "full_attention" not in masks:
                 raise ValueError(
                     f"attention_mask: got {', '.join(masks)}, allowed: full_attention, a mask for all layers"
@@ -265,7 +267,7 @@ class _Inhibitor:
         return args, {**kwargs, **changes}
 
     def after_decoder(self, *_: Any) -> None:
-        """Drop the ids that were embedded for the decoder, or by it.  Runs after an error, too."""
+        """Drop the ids that were embedded for the decoder, or by it. Runs after an error, too."""
         _CALLS.embedded = None
 
     def _find_image_tokens(self, kwargs: dict[str, Any]) -> Bool[Tensor, "batch rows"]:
@@ -281,7 +283,7 @@ class _Inhibitor:
                     "input_ids: got None, allowed: token ids, which tell CMAI image tokens from text; "
                     "where input embeddings were replaced, redux.inhibit again"
                 )
-            # generate of Q-Former models embeds the prompt once and repeats it for every beam
+            # generate of Q-Former models embeds the prompt once and repeats it for every beam.
             ids = call.ids.repeat_interleave(batch // len(call.ids), dim=0)
         is_image = ids == self.image_token_ids[0]
         for token_id in self.image_token_ids[1:]:
@@ -295,7 +297,7 @@ class _Inhibitor:
         position_ids = kwargs.get("position_ids")
         if position_ids is None or position_ids.dim() != 2 or kwargs.get("attention_mask") is not None:
             return None
-        # as in transformers, only a call without earlier tokens has packed rows; recorded decisions are those of rows
+        # As in transformers, only a call without earlier tokens has packed rows; recorded decisions are those of rows.
         if kwargs.get("past_key_values") is not None or is_recording():
             return None
         return PackedConversations.find(position_ids.expand(is_image.shape))
@@ -308,7 +310,7 @@ class _Inhibitor:
                 use_cache = decoder.config.use_cache
             return FocusCache(config=decoder.config) if use_cache else None
         if isinstance(cache, FocusRows) and cache.is_static and cache.is_ready(rows):
-            # the length lies on the device, and a decoded token waits for nothing
+            # The length lies on the device, and a decoded token waits for nothing.
             return cache
         cache_class = type(cache)
         cache = adopt_cache(cache)

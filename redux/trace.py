@@ -1,7 +1,7 @@
 """Trace of an answer: the visual token of each patch, and the tokens that each word could attend to.
 
 The answer is read again with its conversation, in one forward pass without a cache, whose decisions are those of
-decoding.  Nothing slows down the generation itself.
+decoding. Nothing slows down the generation itself.
 
 Shapes: patches, words (tokens of the answer), tokens (visual tokens of all images, in their order).
 """
@@ -68,10 +68,10 @@ class AnswerTrace:
 
     def spread_over_patches(self, word: int, image: int) -> Float[np.ndarray, "patches"]:
         """Return `allowed` of a word for each patch of an image; 0 for dropped patches."""
-        first = sum(trace.num_tokens for trace in self.images[:image])
+        start = sum(trace.num_tokens for trace in self.images[:image])
         trace = self.images[image]
-        of_image = self.allowed[word, first : first + trace.num_tokens]
-        return np.where(trace.token_of_patch >= 0, of_image[trace.token_of_patch], 0.0)
+        image_columns = self.allowed[word, start : start + trace.num_tokens]
+        return np.where(trace.token_of_patch >= 0, image_columns[trace.token_of_patch], 0.0)
 
 
 def trace_images(model: ChatModel, chat: EncodedChat) -> tuple[ImageTrace, ...]:
@@ -98,15 +98,15 @@ def trace_answer(model: ChatModel, chat: EncodedChat, tokens: Sequence[int]) -> 
         tokens: tokens of the answer.
     """
     prompt_length = len(chat.input_ids)
-    whole = replace(chat, input_ids=np.concatenate([chat.input_ids, np.asarray(tokens, np.int64)]))
+    answered_chat = replace(chat, input_ids=np.concatenate([chat.input_ids, np.asarray(tokens, np.int64)]))
     with torch.inference_mode(), record_decisions() as decisions:
-        model.model(**model.build_inputs([whole]), use_cache=False, logits_to_keep=1)
-    # a token is chosen by the row of the token before it
-    rows = slice(prompt_length - 1, len(whole.input_ids) - 1)
+        model.model(**model.build_inputs([answered_chat]), use_cache=False, logits_to_keep=1)
+    # A token is chosen by the row of the token before it.
+    rows = slice(prompt_length - 1, len(answered_chat.input_ids) - 1)
     columns = np.flatnonzero(chat.input_ids == model.model.config.image_token_id)
     inhibited = torch.zeros(len(tokens), len(columns))
-    for kept in decisions.values():
-        inhibited += (~kept[0, :, rows][:, :, columns]).float().mean(dim=0).cpu()
+    for mask in decisions.values():
+        inhibited += (~mask[0, :, rows][:, :, columns]).float().mean(dim=0).cpu()
     allowed = 1 - inhibited / model.model.config.text_config.num_hidden_layers
     return AnswerTrace(trace_images(model, chat), split_words(model, tokens), allowed.numpy())
 
@@ -139,7 +139,7 @@ def measure_attention(answerer: TrainedLlava, prompt: str, image: bytes, answer:
     prompt_length = int(np.flatnonzero(labels != IGNORE_INDEX)[0])
     pixels = load_pixels(image, size, answerer.image_aspect_ratio)
     inputs = build_inputs(model, answerer.tokenizer, [ids], [pixels])
-    # a token is chosen by the row of the token before it
+    # A token is chosen by the row of the token before it.
     with torch.inference_mode(), _attention_by_layer(model, len(ids) - prompt_length + 1) as recorder:
         model(**inputs, use_cache=False, logits_to_keep=1)
     weights = torch.stack([recorder.weights[layer] for layer in sorted(recorder.weights)]).cpu()[:, :prompt_length]
@@ -157,7 +157,7 @@ def _attention_by_layer(model: ReduxForConditionalGeneration, rows: int) -> Iter
     """Record the attention of the last rows, in the attention function of CMAI also if CMAI is off."""
     decoder: Any = model.get_decoder()
     original_attention = decoder.config._attn_implementation
-    # without an inhibition, "cmai" computes what the model's own attention does
+    # Without an inhibition, "cmai" computes what the model's own attention does.
     decoder.set_attn_implementation(ATTENTION_NAME)
     try:
         with record_attention(rows) as recorder:

@@ -1,13 +1,13 @@
 """Visual-Modality Token Compression: eq. 5-8 of the paper.
 
 Between the self-attention and the MLP of a few equally spaced ViT blocks, the k patch tokens to which the class token
-attends most are kept, the others are clustered and each cluster is merged into one token.  Only the class token's row
+attends most are kept, the others are clustered and each cluster is merged into one token. Only the class token's row
 of the attention weights is needed, so the block keeps scaled-dot-product attention for everything else and never forms
 the (tokens x tokens) map.
 
-`VMTC` has an option wherever the paper leaves something open.  By default the budget falls geometrically over the
+`VMTC` has an option wherever the paper leaves something open. By default the budget falls geometrically over the
 blocks (as EViT's constant keep rate), a sixth of a block's output tokens are clusters, and output tokens keep the order
-of the image.  Merge weights are normalised within a cluster; `weights="raw"` is eq. 7 as printed, where a merged token
+of the image. Merge weights are normalised within a cluster; `weights="raw"` is eq. 7 as printed, where a merged token
 is about a hundred times smaller than a kept one.
 
 Shapes: batch, patches (patch tokens of this block, without the class token), out = k + c, dim.
@@ -37,7 +37,7 @@ def importance_score(
 ) -> Float[Tensor, "batch tokens-1"]:
     """IPS (eq. 5): attention weight from the class token to each patch token, mean over heads.
 
-    The softmax runs over tokens = patches + 1 keys; the class token's weight on itself is dropped afterwards.  It is
+    The softmax runs over tokens = patches + 1 keys; the class token's weight on itself is dropped afterwards. It is
     computed in float32, since most scores would tie in bfloat16.
 
     Args:
@@ -76,11 +76,11 @@ def mean_received_attention(
 ) -> Float[Tensor, "batch tokens"]:
     """IPS for a tower without a class token (SigLIP): attention weight that each patch receives, mean over all patches.
 
-    The mean also runs over heads.  One head's (tokens x tokens) map is in memory at a time.  Arguments are those of
+    The mean also runs over heads. One head's (tokens x tokens) map is in memory at a time. Arguments are those of
     `importance_score`.
     """
     total = query.new_zeros(query.shape[0], query.shape[2], dtype=torch.float32)
-    # head by head: the maps of all heads would be the largest tensors of the tower
+    # Head by head: the maps of all heads would be the largest tensors of the tower.
     for head in range(query.shape[1]):
         scores = query[:, head] @ keys[:, head].transpose(1, 2) * scale
         scores = scores if bias is None else scores + bias[:, None]
@@ -94,7 +94,7 @@ def discount_sinks(
     """Count the importance of attention sinks a millionth.
 
     Some patches of large ViTs hold little of the image, have a far larger norm than the others, and draw the attention
-    of the class token (Darcet et al. 2024, arXiv 2309.16588).  Without this, they survive as primary tokens.
+    of the class token (Darcet et al. 2024, arXiv 2309.16588). Without this, they survive as primary tokens.
 
     Args:
         tokens: patch tokens z' of the block, without the class token.
@@ -133,8 +133,8 @@ def compress_tokens(
         cluster_features: vectors for K-means; None takes the tokens.
 
     Returns:
-        (tokens', token_of_patch, cluster).  token_of_patch[b, p] is the output token that holds input token p, -1 if p
-        was dropped.  cluster[b, o] is True if output token o is a merged cluster.
+        (tokens', token_of_patch, cluster). token_of_patch[b, p] is the output token that holds input token p, -1 if p
+        was dropped. cluster[b, o] is True if output token o is a merged cluster.
 
     Six tokens: the two most important are kept, the other four become two clusters.
 
@@ -153,25 +153,26 @@ def compress_tokens(
     ranked = ips.argsort(dim=-1, descending=True, stable=True)
     if use_fused("token compression", tokens.device, _unsupported(tokens, ips, stage, cluster_features)):
         return _compress_fused(tokens, ips, ranked, stage, vmtc, cluster_features)
-    # fixed numbers for every image, so that shapes are static and the host never waits
-    kept, redundant = ranked.split([stage.kept, tokens.shape[1] - stage.kept], dim=-1)  # eq. 5, 6
+    # Fixed numbers for every image, so that shapes are static and the host never waits.
+    kept, redundant = ranked.split([stage.kept, tokens.shape[1] - stage.kept], dim=-1)  # Eq. 5, 6
     parts = [_gather_tokens(tokens, kept)]
     token_of_patch = torch.full_like(ranked, -1)
     token_of_patch.scatter_(1, kept, torch.arange(stage.kept, device=tokens.device).expand_as(kept))
     if stage.clusters:
-        # redundant tokens come by falling importance, which K-means takes its seeds by
-        rest, weight = _gather_tokens(tokens, redundant), ips.gather(1, redundant)
-        features = rest if cluster_features is None else _gather_tokens(cluster_features, redundant)
+        # Redundant tokens come by falling importance, the order in which K-means takes its seeds.
+        redundant_tokens = _gather_tokens(tokens, redundant)
+        weight = ips.gather(1, redundant)
+        features = redundant_tokens if cluster_features is None else _gather_tokens(cluster_features, redundant)
         label = kmeans(features, stage.clusters, vmtc.iterations, vmtc.seeds)
-        # members[b, t, c]: merge weight of redundant token t in cluster c
+        # members[b, t, c]: merge weight of redundant token t in cluster c.
         is_member = label.unsqueeze(-1) == torch.arange(stage.clusters, device=label.device)
         members = weight.unsqueeze(-1) * is_member
         if vmtc.weights != "raw":
             total = members.sum(dim=1 if vmtc.weights == "normalized" else (1, 2), keepdim=True)
             members = members / total.clamp_min(torch.finfo(weight.dtype).tiny)
-        parts.append((members.transpose(1, 2) @ rest.to(weight.dtype)).to(tokens.dtype))  # eq. 7
+        parts.append((members.transpose(1, 2) @ redundant_tokens.to(weight.dtype)).to(tokens.dtype))  # Eq. 7
         token_of_patch.scatter_(1, redundant, label + stage.kept)
-    merged = torch.cat(parts, dim=1)  # eq. 8
+    merged = torch.cat(parts, dim=1)  # Eq. 8
     cluster = (torch.arange(merged.shape[1], device=tokens.device) >= stage.kept).expand(merged.shape[:2])
     return (
         _sort_by_position(merged, token_of_patch, cluster)
@@ -189,7 +190,7 @@ def _unsupported(
     """Return why no kernel can compress these tokens, or ""."""
     if ips.dtype not in (torch.float32, torch.bfloat16, torch.float16):
         return f"importance is {ips.dtype}"
-    # the tokens themselves are merged with the same restrictions
+    # The tokens themselves are merged with the same restrictions.
     features = tokens if cluster_features is None else cluster_features
     return unsupported_clustering(tokens, 0) or unsupported_clustering(features, stage.clusters)
 
@@ -226,7 +227,7 @@ def _sort_by_position(
     """Sort output tokens by the first input token that each of them holds."""
     patches, out = token_of_patch.shape[1], tokens.shape[1]
     position = torch.arange(patches, device=token_of_patch.device).expand_as(token_of_patch)
-    # dropped tokens (token_of_patch -1) write into an extra column, which is cut off afterwards
+    # Dropped tokens (token_of_patch -1) write into an extra column, which is cut off afterwards.
     column = torch.where(token_of_patch < 0, out, token_of_patch)
     first = token_of_patch.new_full((token_of_patch.shape[0], out + 1), patches).scatter_reduce(
         1, column, position, "amin"
@@ -264,7 +265,7 @@ class PatchAssignment(NamedTuple):
         self, token_of_patch: Int[Tensor, "batch tokens"], cluster: Bool[Tensor, "batch out"]
     ) -> "PatchAssignment":
         """Follow the patches through one more `compress_tokens`, whose results these are."""
-        # blocks of one tower may lie on several devices; the result lies where the last of them is
+        # Blocks of one tower may lie on several devices; the result lies where the last of them is.
         previous, merged = self.token_of_patch.to(token_of_patch.device), self.merged.to(token_of_patch.device)
         if use_fused("patch assignment", token_of_patch.device):
             from redux.kernels.compression import follow_patches

@@ -17,7 +17,8 @@ from Student's t. With three seeds that makes them much wider, and with one seed
 `permutation_p_value` asks how often labels of the models, exchanged at random within units, give a difference as large.
 
 If all units have the same outcome, the bootstrap has no variance: for 0 of 218 correct the interval is 0 to 0, which is
-too narrow.
+too narrow. The same holds for the difference of two models that differ alike in a few units. So a difference counts as
+noise if the models differ in fewer than six units: five that all favour the same model are no rare accident.
 
 Cost: a draw is a row of counts, one per unit. Its score is a row of a matrix product with the sums of the units. 10,000
 draws of 3,488 units take 0.6 s on one core, of 218 units 0.1 s. Counts are cached for the next metric with as many
@@ -26,7 +27,7 @@ units, which then takes a sixth of the time. The cache has at most 160 MiB.
 
 from collections import Counter
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import lru_cache
 
 import numpy as np
@@ -34,6 +35,9 @@ import numpy as np
 from redux.benchmarks import Metric
 
 CONFIDENCE_LEVEL = 0.95
+MIN_DIFFERING_UNITS = 6
+"""Smallest number of units for which a sign test can reach 5 %: all six favour one model with probability 2 / 2^6."""
+
 COUNTS_PER_CHUNK = 2**22
 """Number of counts (draws x units) that are in memory at a time."""
 
@@ -56,21 +60,29 @@ class Difference(Interval):
 
     Args:
         seeds_agree: every seed of one model is better than every seed of the other.
+        differing_units: number of units in which the models differ, as means over seeds.
     """
 
     seeds_agree: bool
+    differing_units: int
 
     @property
     def is_noise(self) -> bool:
-        """True if the interval contains 0 or the seeds disagree on the sign.
+        """True if the interval contains 0, the seeds disagree on the sign, or too few units differ.
 
         The interval is over items, not over training seeds. Agreement of two seeds each is weak evidence: equally good
         models agree in one of three cases.
         """
-        return self.low <= 0 <= self.high or not self.seeds_agree
+        few_differ = self.differing_units < MIN_DIFFERING_UNITS
+        return self.low <= 0 <= self.high or not self.seeds_agree or few_differ
 
     def scale(self, factor: float) -> "Difference":
-        return Difference(self.value * factor, self.low * factor, self.high * factor, self.seeds_agree)
+        return replace(self, value=self.value * factor, low=self.low * factor, high=self.high * factor)
+
+
+def count_units(metric: Metric) -> int:
+    """Count the images or questions whose outcomes succeed and fail together."""
+    return len({outcome.unit for outcome in metric.outcomes})
 
 
 def bootstrap_interval(metrics: Sequence[Metric], samples: int = 10_000, seed: int = 0) -> Interval:
@@ -104,13 +116,14 @@ def bootstrap_difference(
     Raises:
         ValueError: there are no outcomes, or the models have different items; the message names one.
     """
-    scores = _resample_scores(_UnitSums([ours, base]), samples, seed)
+    items = _UnitSums([ours, base])
+    scores = _resample_scores(items, samples, seed)
     our_scores = [metric.score for metric in ours]
     base_scores = [metric.score for metric in base]
     # The whole ranges must not overlap: the order of seeds means nothing.
     seeds_agree = min(our_scores) > max(base_scores) or max(our_scores) < min(base_scores)
     mean = float(np.mean(our_scores) - np.mean(base_scores))
-    return Difference(mean, *_percentiles(scores[:, 0] - scores[:, 1]), seeds_agree)
+    return Difference(mean, *_percentiles(scores[:, 0] - scores[:, 1]), seeds_agree, items.count_differing())
 
 
 def estimate_over_seeds(metrics: Sequence[Metric], samples: int = 10_000, seed: int = 0) -> Interval:
@@ -207,6 +220,10 @@ class _UnitSums:
             for metric in metrics:
                 for group, unit, value in metric.outcomes:
                     sums[units[unit], groups[group]] += value / len(metrics)
+
+    def count_differing(self) -> int:
+        """Count the units in which the first two models have different sums."""
+        return int((~np.isclose(self.sums[0], self.sums[1])).any(axis=1).sum())
 
 
 def _require_same_items(first: Metric, other: Metric) -> None:

@@ -4,6 +4,7 @@ Like the report, the page is one file: no script, nothing loaded from elsewhere,
 made from the numbers alone, so it also says when they allow no conclusion. Only what has rows is shown.
 """
 
+from collections import defaultdict
 from collections.abc import Mapping, Sequence
 
 from pipelines.report import page
@@ -172,10 +173,13 @@ def _plot_tradeoff(family: str, column: Column, rows: Sequence[ResultRow], acros
         # Labels need the final positions of the points in pixels.
         figure.draw_without_rendering()
         occupied = find_point_boxes(axes, points)
-        for row, point in zip(rows, points, strict=True):
-            place_label(
-                axes, shorten_label(row.label, LABEL_LENGTH), point, _colour_of(row.kind), occupied, required=True
-            )
+        models_by_point = defaultdict[tuple[float, float], list[int]](list)
+        for index, point in enumerate(points):
+            models_by_point[point].append(index)
+        labels = _shorten_model_labels([row.label for row in rows])
+        for point, indices in models_by_point.items():
+            label = shorten_label("; ".join(labels[index] for index in indices), LABEL_LENGTH)
+            place_label(axes, label, point, _colour_of(rows[indices[0]].kind), occupied, required=True)
         # The numbers are the description for screen readers.
         values = "; ".join(f"{row.label} {x:.1f}, {y:.1f}" for row, (x, y) in zip(rows, points, strict=True))
         return Plot(
@@ -183,6 +187,19 @@ def _plot_tradeoff(family: str, column: Column, rows: Sequence[ResultRow], acros
             to_svg(figure, f"tradeoff-{family}-", f"{column.name} and instructions followed: {values}"),
             f"{family}. Up and to the right is better; bars are 95 % intervals.",
         )
+
+
+def _shorten_model_labels(labels: Sequence[str]) -> list[str]:
+    """Leave out the trained model in labels if all models that were asked otherwise were trained alike.
+
+    >>> _shorten_model_labels(["LLaVA-1.5", "LLaVA-1.5, asked with CMAI", "LLaVA-1.5, asked with VMTC"])
+    ['LLaVA-1.5', 'CMAI', 'VMTC']
+    """
+    parts = [label.partition(", asked with ") for label in labels]
+    trained = {before for before, _, changes in parts if changes}
+    if len(trained) > 1:
+        return list(labels)
+    return [changes or label for label, (_, _, changes) in zip(labels, parts, strict=True)]
 
 
 def _get_cell(row: ResultRow, column: int) -> Cell:

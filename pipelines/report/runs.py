@@ -10,7 +10,7 @@ Cost: every line of a run's answers is read and scored once; only the outcomes s
 import copy
 import json
 from collections import defaultdict
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, fields, replace
 from functools import cached_property
 from pathlib import Path
@@ -41,6 +41,8 @@ from redux.settings import METHODS
 
 UNCOMPARED_KEYS = (*KEYS_WITHOUT_EFFECT, "name", "seed", "checkpoints", "report", "evaluate.attention")
 """Keys of a job in which runs of one variant may differ: the seed, and keys without effect on the result."""
+
+TASKS_KEY = "evaluate.tasks"
 
 METHOD_KEYS = tuple(f"model.{name}" for name in METHODS)
 
@@ -469,9 +471,9 @@ def _group_seeds(family: Sequence[FinishedRun], notes: list[str]) -> Iterator[Co
 
 def _make_labels(keys: Sequence[str]) -> Iterator[str]:
     """Make labels of families: their sizes, and every other setting in which they differ."""
-    families = [json.loads(key) for key in keys]
+    families = name_tasks([json.loads(key) for key in keys])
     sizes = [_describe_sizes(settings) for settings in families]
-    stages = [_list_stages(settings) for settings in families]
+    stages = [_list_parts(settings, "train") for settings in families]
     # A stage that some families lack is named as a whole, not by each of its settings.
     common = set(stages[0]).intersection(*stages)
     names = dict.fromkeys(
@@ -492,9 +494,34 @@ def _make_labels(keys: Sequence[str]) -> Iterator[str]:
         yield ", ".join([size, *trained, *(f"{name} = {json.dumps(settings.get(name))}" for name in differing)])
 
 
-def _list_stages(settings: Mapping[str, Any]) -> list[str]:
-    """List the training stages of a family, from its settings by dotted name."""
-    return list(dict.fromkeys(name.split(".")[1] for name in settings if name.startswith("train.") and "." in name))
+def name_tasks(all_settings: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
+    """Replace the settings of evaluation tasks that some runs lack by the names of the tasks, for descriptions.
+
+    Args:
+        all_settings: settings of each run by dotted name.
+
+    >>> for named in name_tasks([{"evaluate.tasks.vqa.limit": 4}, {"evaluate.tasks.pope.limit": 9, "seed": 1}]):
+    ...     print(named)
+    {'evaluate.tasks': 'vqa'}
+    {'seed': 1, 'evaluate.tasks': 'pope'}
+    """
+    tasks = [_list_parts(settings, TASKS_KEY) for settings in all_settings]
+    common = set(tasks[0]).intersection(*tasks) if tasks else set()
+    return [
+        {name: value for name, value in settings.items() if not {*_list_parts([name], TASKS_KEY)} - common}
+        | {TASKS_KEY: ", ".join(names)}
+        for settings, names in zip(all_settings, tasks, strict=True)
+    ]
+
+
+def _list_parts(names: Iterable[str], section: str) -> list[str]:
+    """List the parts of a section of a job, from dotted names of settings.
+
+    >>> _list_parts(["train.pretrain.steps", "train.pretrain.seed", "train.instruct.steps"], "train")
+    ['pretrain', 'instruct']
+    """
+    prefix = f"{section}."
+    return list(dict.fromkeys(name[len(prefix) :].split(".")[0] for name in names if name.startswith(prefix)))
 
 
 def _describe_sizes(settings: Mapping[str, Any]) -> str:

@@ -445,6 +445,8 @@ def describe_changes(trained: Preset, applied: Preset) -> list[str]:
     (['CMAI off'], ['VMTC (tokens = 64)', 'CMAI'])
     >>> describe_changes(PRESETS["default"], PRESETS["tokens-64"])
     ['VMTC (tokens = 64)']
+    >>> describe_changes(PRESETS["llava"], PRESETS["prumerge"])
+    ['PruMerge (tokens = 36)']
     """
     changes = []
     for part, title in METHOD_LABELS.items():
@@ -461,10 +463,19 @@ def describe_changes(trained: Preset, applied: Preset) -> list[str]:
             if trained_settings
             else {field.name: field.default for field in fields(applied_settings)}
         )
+        # The method of a reduction has a title of its own.
+        title = KIND_TITLES.get(values.pop("method", None), title)
         # A field at None follows from the others.
-        differing = [f"{key} = {value}" for key, value in values.items() if value not in (None, references[key])]
+        differing = [
+            _write_setting(key, value) for key, value in values.items() if value not in (None, references[key])
+        ]
         changes.append(f"{title} ({', '.join(differing)})" if differing else title)
     return changes
+
+
+def _write_setting(key: str, value: Any) -> str:
+    """Write a setting of a method, a long list by its length."""
+    return f"{len(value)} {key}" if isinstance(value, tuple) and len(value) > 3 else f"{key} = {value}"
 
 
 def list_method_labels(methods: Preset) -> list[str]:

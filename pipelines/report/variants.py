@@ -19,7 +19,7 @@ from pipelines.core.settings import flatten_dict, is_in_sections
 from pipelines.evaluation import statistics
 from pipelines.evaluation.statistics import Difference, Interval
 from pipelines.report.plots import ACCENT, BAD, FAINT, GOOD, INK, STYLE, Plot, shorten_label, style_axes, to_svg
-from pipelines.report.runs import METHOD_KEYS, UNCOMPARED_KEYS, FinishedRun
+from pipelines.report.runs import METHOD_KEYS, UNCOMPARED_KEYS, FinishedRun, name_tasks
 from pipelines.report.scores import METRIC_TITLES, find_title
 from pipelines.training.files import METRICS_FILE, STUDY_FILE
 from redux.benchmarks import Metric
@@ -132,24 +132,23 @@ def compare_variants(runs: Sequence[FinishedRun], samples: int = 10_000) -> Vari
 
 def group_variants(runs: Sequence[FinishedRun]) -> tuple[Variant, ...]:
     """Group runs by all settings but the seed, in the order of the study, or else of the runs."""
-    settings = _drop_common(
-        [_read_settings(run) | methods for run, methods in zip(runs, _list_methods(runs), strict=True)]
-    )
-    groups: dict[str, list[FinishedRun]] = {}
-    for run, run_settings in zip(runs, settings, strict=True):
+    all_settings = [methods | _read_settings(run) for run, methods in zip(runs, _list_methods(runs), strict=True)]
+    groups: dict[str, list[int]] = {}
+    for index, (run, settings) in enumerate(zip(runs, _drop_common(all_settings), strict=True)):
         # Runs of two variants of a study with equal settings stay two variants.
-        groups.setdefault(json.dumps([run_settings, _find_study_variant(run)]), []).append(run)
+        groups.setdefault(json.dumps([settings, _find_study_variant(run)]), []).append(index)
+    described = _drop_common(name_tasks(all_settings))
     order = _read_order(runs)
     variants = []
-    for key, group_runs in groups.items():
-        run_settings, name = json.loads(key)
-        text = shorten_label(
-            ", ".join(f"{path} = {value}" for path, value in run_settings.items()), SETTINGS_LABEL_LENGTH
-        )
-        last = ", ".join(f"{path.rpartition('.')[2]} = {value}" for path, value in run_settings.items())
+    for key, indices in groups.items():
+        _, name = json.loads(key)
+        differing = described[indices[0]]
+        text = shorten_label(", ".join(f"{path} = {value}" for path, value in differing.items()), SETTINGS_LABEL_LENGTH)
+        last = ", ".join(f"{path.rpartition('.')[2]} = {value}" for path, value in differing.items())
         label = name or text or "same settings"
         short_label = shorten_label(name or last or label, SHORT_LENGTH)
-        variants.append(Variant(label, short_label, text if name else "", tuple(_sort_by_seed(group_runs))))
+        variant_runs = _sort_by_seed([runs[index] for index in indices])
+        variants.append(Variant(label, short_label, text if name else "", tuple(variant_runs)))
     variants.sort(key=lambda variant: order.get(variant.label, len(order)))
     return tuple(variants)
 

@@ -8,7 +8,8 @@ claim. With s = half of the paper's smaller effect (0 if it prints none) and a m
     loss    the same with the sign of the difference reversed
     kept    supported if the whole interval is above -1 point, contradicted if it is below it
 
-Anything else cannot be told. Neither can a difference with one seed of a model: it has no interval over trainings.
+Anything else cannot be told. Neither can a difference with one seed of a model, which has no interval over trainings,
+nor one of fewer than MIN_UNITS images or questions, for which a bootstrap gives intervals that are too narrow.
 
 The cost of a claim is one bootstrap, see `pipelines.evaluation.statistics`.
 """
@@ -24,6 +25,9 @@ from pipelines.report.paper_claims import CLAIMS, MARGIN, SOURCES_BY_MEASURE, Pa
 from pipelines.report.runs import ComparedModel, Family, select_changed_fields
 from pipelines.report.table_rows import TableRow, matches, write_command
 from redux.benchmarks import Metric
+
+MIN_UNITS = 30
+"""Smallest number of images or questions of a verdict."""
 
 VerdictKind = Literal["supported", "contradicted", "cannot tell", "not measured"]
 
@@ -168,7 +172,7 @@ def _judge_metrics(
         return Verdict(
             claim, "not measured", "The two models answered different questions.", needed="the same questions"
         )
-    outcome, reason = decide(claim, interval, seeds)
+    outcome, reason = decide(claim, interval, seeds, statistics.count_units(ours[0]))
     # What was measured, so that a reader can weigh the verdict.
     items = len(ours[0].outcomes)
     about = f"{source}; {items:,} items; {len(ours)} and {len(base)} seeds"
@@ -176,19 +180,22 @@ def _judge_metrics(
     return Verdict(claim, outcome, reason, interval, about, needed)
 
 
-def decide(claim: PaperClaim, interval: Interval, seeds: int) -> tuple[VerdictKind, str]:
+def decide(claim: PaperClaim, interval: Interval, seeds: int, units: int) -> tuple[VerdictKind, str]:
     """Decide a claim by the rule of this module.
 
     Args:
         claim: the claim.
         interval: difference in points, with its interval over items and seeds.
         seeds: the smaller number of seeds of the two models.
+        units: number of images or questions that succeed or fail on their own.
 
     Returns:
         The outcome, and its reason.
     """
     if seeds < 2:
         return "cannot tell", "One seed has no interval over trainings."
+    if units < MIN_UNITS:
+        return "cannot tell", f"The interval is over {units} images or questions, and needs {MIN_UNITS}."
     low, high = interval.low, interval.high
     # Understanding is kept, or not, by a margin in place of an effect.
     if claim.kind == "kept":

@@ -1,11 +1,11 @@
 """Benchmarks of understanding by name: their questions, and the scores of responses.
 
 Each benchmark is a module that reads the official files, prompts exactly as LLaVA-1.5 and scores as the official
-scorer.  Its docstring lists differences between the two, and parts that are left out.  LLaVA's evaluation differs from
+scorer. Its docstring lists differences between the two, and parts that are left out. LLaVA's evaluation differs from
 lmms-eval's: up to 128 new tokens, not 16; OCR tokens in TextVQA's prompts; only a final period dropped in GQA.
 
 A new benchmark is a module that imports from `redux.benchmarks.benchmark`, an entry in BENCHMARKS, and a title in
-`redux.benchmark_titles`.  pipelines/README.md lists all steps.
+`redux.benchmark_titles`. pipelines/README.md lists all steps.
 """
 
 from collections.abc import Mapping, Sequence
@@ -61,7 +61,7 @@ def join_answers(questions: Sequence[Question], answers: Mapping[str, str]) -> t
         answers: responses by the id of the question.
 
     Returns:
-        (rows, missing): a row for each question, in order, and the number of questions without an answer.  Their
+        (rows, missing): a row for each question, in order, and the number of questions without an answer. Their
         response is None.
 
     Raises:

@@ -1,7 +1,7 @@
 """Parts of every benchmark: questions, answered rows, and metrics that are weighted sums of means.
 
-Scoring is a pure function of rows, so answers can be scored again, compared and resampled without a model.  A metric
-keeps the outcomes behind its number, each with its independent unit.  Means over resampled units give bootstrap
+Scoring is a pure function of rows, so answers can be scored again, compared and resampled without a model. A metric
+keeps the outcomes behind its number, each with its independent unit. Means over resampled units give bootstrap
 confidence intervals for any benchmark.
 
 Accuracies are shares from 0 to 1; MME has its own points.

@@ -1,9 +1,9 @@
 """Questions of users: a file of questions, images and answers, scored by one of five metrics.
 
-The file has JSON lines or a JSON list.  An entry is {"image", "question", "answer" or "answers"}, if wanted with "id",
-"type" and, for multiple choice, "options"; or it is a LLaVA record, of which the first question and answer count.  The
-prompt is the question as it is written, so it must list the options.  Text without an image has no `image`, or null.
-Answers, ids and types may be numbers.  An entry without id has its number in the file as its id.
+The file has JSON lines or a JSON list. An entry is {"image", "question", "answer" or "answers"}, if wanted with "id",
+"type" and, for multiple choice, "options"; or it is a LLaVA record, of which the first question and answer count. The
+prompt is the question as it is written, so it must list the options. Text without an image has no `image`, or null.
+Answers, ids and types may be numbers. An entry without id has its number in the file as its id.
 
 exact      the response equals an answer, up to case, white space, quotation marks and a final mark
 contains   an answer occurs in the response as whole words or as a whole number, up to case and white space; for "yes"
@@ -86,7 +86,7 @@ def read_questions(
     for number, (location, entry) in enumerate(_read_entries(source), 1):
         fields = read_first_question(location, entry) if "conversations" in entry else entry
         question = _build_question(location, fields, number, metric, resolve_image)
-        # answers are stored by id
+        # Answers are stored by id.
         if first := locations.get(question.id):
             raise ValueError(
                 f"{location}: got id {question.id!r}, which {first.removeprefix(f'{source}: ')} has, allowed: each once"
@@ -136,11 +136,11 @@ def _score_contains(response: str, row: Row) -> float:
 
 
 def _contains(text: str, answer: str) -> bool:
-    """Tell if a normalized text contains a normalized answer."""
+    """Return True if a normalized text contains a normalized answer."""
     if answer in ("yes", "no"):
         first = re.search(r"\b(yes|no)\b", text)
         return first is not None and first[0] == answer
-    # a blank stands before the text, because a look-behind has a fixed width
+    # A blank stands before the text, because a look-behind has a fixed width.
     pattern = _bound(answer[0], before=True) + re.escape(answer) + _bound(answer[-1], before=False)
     return re.search(pattern, f" {text}") is not None
 
@@ -156,7 +156,7 @@ def _bound(edge: str, before: bool) -> str:
         return ""
     pattern = f"(?<!{NARROW_LETTER})" if before else f"(?!{NARROW_LETTER})"
     if edge.isdigit():
-        # 5 is not in 3.5, 1,500 or -5
+        # 5 is not in 3.5, 1,500 or -5.
         pattern += r"(?<!\d[.,])(?<!\s[-−])" if before else r"(?![.,]\d)"
     return pattern
 
@@ -177,13 +177,13 @@ def _score_choice(response: str, row: Row) -> float:
 def _read_choice(response: str, options: Mapping[str, str]) -> str | None:
     """Read the letter of the option that a response names; None if it names none or several."""
     for pattern in CHOICE_PATTERNS:
-        found = pattern.search(response)
-        if found and found[1].upper() in options:
-            return found[1].upper()
+        match = pattern.search(response)
+        if match and match[1].upper() in options:
+            return match[1].upper()
     equal = [letter for letter, text in options.items() if _normalize(text) == _normalize(response)]
     if len(equal) == 1:
         return equal[0]
-    # MMBench's rule takes the article of "A blue one" for a letter
+    # MMBench's rule takes the article of "A blue one" for a letter.
     if re.match(r"\s*A [a-z]", response):
         quoted = [letter for letter, text in options.items() if text.lower() in response.lower()]
         if len(quoted) == 1:
@@ -212,21 +212,22 @@ def _fold(text: str) -> str:
 def _normalize(text: str) -> str:
     """Normalize an answer for comparison, also without quotation marks around it and a final mark."""
     flat = _fold(text)
-    # an answer of marks alone, such as "?", keeps them
+    # An answer of marks alone, such as "?", keeps them.
     return flat.strip(" .!?\"'“”‘’") or flat
 
 
 def _levenshtein_similarity(first: str, second: str) -> float:
     """Compute 1 - the edit distance / the longer length; 0 if it is 0.5 or less."""
     shorter, longer = sorted((len(first), len(second)))
-    # at least longer - shorter edits are needed; a long response to a short answer costs no time
+    # At least longer - shorter edits are needed; a long response to a short answer costs no time.
     if 2 * shorter <= longer:
         return 0.0
     previous = list(range(len(second) + 1))
-    for row, character in enumerate(first, 1):
+    for row, first_character in enumerate(first, 1):
         current = [row]
-        for column, other in enumerate(second, 1):
-            current.append(min(previous[column] + 1, current[-1] + 1, previous[column - 1] + (character != other)))
+        for column, second_character in enumerate(second, 1):
+            substitution = previous[column - 1] + (first_character != second_character)
+            current.append(min(previous[column] + 1, current[-1] + 1, substitution))
         previous = current
     return 1 - previous[-1] / longer
 
@@ -257,8 +258,8 @@ def read_first_question(location: str, record: Mapping[str, Any]) -> dict[str, A
     if roles != ["human", "gpt"]:
         raise ValueError(f"{location}: got turns from {roles[0]!r} and {roles[1]!r}, allowed: human, then gpt")
     question, answer = (get_field(f"{location}, conversations", turn, "value") for turn in turns[:2])
-    others = {name: record[name] for name in ("id", "image", "type") if name in record}
-    return {**others, "question": question.replace(IMAGE_TOKEN, "").strip(), "answer": answer}
+    other_fields = {name: record[name] for name in ("id", "image", "type") if name in record}
+    return {**other_fields, "question": question.replace(IMAGE_TOKEN, "").strip(), "answer": answer}
 
 
 def _build_question(
@@ -274,6 +275,7 @@ def _build_question(
     if not prompt.strip() or IMAGE_TOKEN in prompt:
         raise ValueError(f"{location}: got question {prompt[:80]!r}, allowed: a text without {IMAGE_TOKEN}")
     answers = _read_answers(location, entry)
+    # The accuracy of VQA compares an answer with those of several people.
     if metric == "vqa" and len(answers) < MIN_PEOPLE:
         raise ValueError(
             f"{location}: got {len(answers)} answers, allowed with metric vqa: at least {MIN_PEOPLE}; or metric exact"
@@ -295,7 +297,7 @@ def _read_answers(location: str, entry: Mapping[str, Any]) -> list[str]:
     """Read the answers of an entry: a text or a number, or a list of them, under `answers` or else `answer`."""
     key = "answers" if entry.get("answers") is not None else "answer"
     if entry.get(key) is None:
-        get_field(location, entry, key)  # raises
+        get_field(location, entry, key)  # Raises
     values = entry[key] if isinstance(entry[key], list) else [entry[key]]
     answers = [_to_text(location, key, value) for value in values]
     if not answers or not all(answer.strip() for answer in answers):
@@ -309,7 +311,7 @@ def _to_text(location: str, key: str, value: Any) -> str:
     if not isinstance(value, str) and not is_number:
         raise ValueError(f"{location}: got {key} = {str(value)[:80]!r}, allowed: {key}, a text or a number")
     text = value if isinstance(value, str) else json.dumps(value)
-    # JSON may hold half of a surrogate pair, which no tokenizer takes
+    # JSON may hold half of a surrogate pair, which no tokenizer takes.
     if not text.isascii() and any("\ud800" <= character <= "\udfff" for character in text):
         raise ValueError(f"{location}: got {key} = {text[:80]!a}, allowed: valid Unicode")
     return text
@@ -317,11 +319,13 @@ def _to_text(location: str, key: str, value: Any) -> str:
 
 def _read_options(location: str, entry: Mapping[str, Any], prompt: str) -> dict[str, str]:
     """Read the options by letter, from the entry or from lines of the question such as "A. red"."""
-    given = entry.get("options")
-    if given is None:
+    options_field = entry.get("options")
+    if options_field is None:
         options = _find_option_lines(prompt)
-    elif isinstance(given, dict):
-        options = {letter.upper(): _to_text(location, f"options.{letter}", text) for letter, text in given.items()}
+    elif isinstance(options_field, dict):
+        options = {
+            letter.upper(): _to_text(location, f"options.{letter}", text) for letter, text in options_field.items()
+        }
     else:
         texts = get_field(location, entry, "options", list)
         options = dict(zip(CHOICE_LETTERS, (_to_text(location, "options", text) for text in texts), strict=False))
@@ -344,7 +348,7 @@ def _find_option_lines(prompt: str) -> dict[str, str]:
 
 def _find_letter(location: str, answer: str, options: Mapping[str, str]) -> str:
     """Find the letter of an answer that is a letter or the text of an option."""
-    # the text counts first: with options "B" and "A", the answer "B" would be ambiguous as a letter
+    # The text counts first: with options "B" and "A", the answer "B" would be ambiguous as a letter.
     letters = [letter for letter, text in options.items() if _normalize(text) == _normalize(answer)]
     plain = answer.strip().strip("().:").upper()
     if not letters and plain in options:

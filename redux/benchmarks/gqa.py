@@ -1,8 +1,8 @@
-"""GQA: compositional questions made from scene graphs, with one right answer.  Hudson and Manning, arXiv 1902.09506.
+"""GQA: compositional questions made from scene graphs, with one right answer. Hudson and Manning, arXiv 1902.09506.
 
-The official eval.py counts answers that equal the right one, over the balanced questions.  LLaVA first lowers a
-response and removes periods from its end (scripts/convert_gqa_for_eval.py, haotian-liu/LLaVA, commit c121f043).  Here
-this also happens to a file in the official format.  Consistency, validity, plausibility and distribution are left out,
+The official eval.py counts answers that equal the right one, over the balanced questions. LLaVA first lowers a
+response and removes periods from its end (scripts/convert_gqa_for_eval.py, haotian-liu/LLaVA, commit c121f043). Here
+this also happens to a file in the official format. Consistency, validity, plausibility and distribution are left out,
 since they need files that GQA 1.2 no longer has.
 """
 
@@ -28,7 +28,7 @@ def read_questions(*sources: Source) -> list[Question]:
         image = get_field(location, entry, "imageId")
         types = get_field(location, entry, "types", dict) if "types" in entry else {}
         reference = {name: types[name] for name in ("structural", "semantic") if name in types}
-        if "answer" in entry:  # the test and challenge splits have none
+        if "answer" in entry:  # The test and challenge splits have none
             reference["answer"] = get_field(location, entry, "answer")
         result.append(
             Question(
@@ -43,7 +43,7 @@ def read_questions(*sources: Source) -> list[Question]:
 
 
 def is_correct(response: str | None, answer: str) -> bool:
-    """Tell if a response is the answer, except for upper case and periods at its end."""
+    """Return True if a response equals the answer, ignoring case and final periods."""
     return response is not None and response.rstrip(".").lower() == answer
 
 
@@ -55,7 +55,7 @@ def compute_metrics(rows: Sequence[Row]) -> dict[str, Metric]:
 
     def outcomes() -> Iterator[tuple[str, Outcome]]:
         for row in rows:
-            # the official score takes balanced questions alone
+            # The official score takes balanced questions alone.
             if "answer" not in row or not row["balanced"]:
                 continue
             outcome = Outcome("", row["unit"], float(is_correct(row["response"], row["answer"])))

@@ -1,26 +1,26 @@
 """The paper's benchmark of instruction following: questions about images, combined with sixteen instructions.
 
-A prompt is the question, a space, and IFEval's text, as in the paper's Figure 4.  The paper gives neither the questions
-nor their number.  All its figures are multiples of 1/218, and MM-Vet has 218 questions, so the default is 218 for each
-task.  Every instruction has the same questions, so that differences between tasks do not depend on the questions.  The
+A prompt is the question, a space, and IFEval's text, as in the paper's Figure 4. The paper gives neither the questions
+nor their number. All its figures are multiples of 1/218, and MM-Vet has 218 questions, so the default is 218 for each
+task. Every instruction has the same questions, so that differences between tasks do not depend on the questions. The
 independent unit is the question, which is asked sixteen times.
 
-Arguments are sampled once and frozen in a file, so that every model answers the same prompts.  They depend only on the
+Arguments are sampled once and frozen in a file, so that every model answers the same prompts. They depend only on the
 seed, the task and the id of the question.
 
-A model that ignores the image may follow instructions better.  So if an answer is known, a score also shows whether the
-response contains it ("right"), and whether it contains it and follows the instruction ("both").  "words" is the mean
+A model that ignores the image may follow instructions better. So if an answer is known, a score also shows whether the
+response contains it ("right"), and whether it contains it and follows the instruction ("both"). "words" is the mean
 length of responses, since a short one breaks many instructions and a long one contains many answers.
 
 A prompt of the sixteen tasks has one instruction, so IFEval's prompt-level and instruction-level accuracies are the
-same number there.  They differ for prompts with two instructions, which `build_pair_questions` makes: "strict" is then
+same number there. They differ for prompts with two instructions, which `build_pair_questions` makes: "strict" is then
 the share of instructions that are followed, and "prompt_strict" the share of prompts whose instructions all are.
 
-The constraints of `redux.held_out_instructions` are asked in the same way, as further tasks.  The same prompts without
+The constraints of `redux.held_out_instructions` are asked in the same way, as further tasks. The same prompts without
 images, which `without_images` makes, show what the language model follows by text alone.
 
 An evaluation can measure the attention of some answers (`redux.attention_mass`), as the field "attention" of their
-rows.  "image_mass" is the mass on image tokens, "dominance" the Modality Dominance Index.
+rows. "image_mass" is the mass on image tokens, "dominance" the Modality Dominance Index.
 
 Cost: some seconds for 3,488 responses, mostly for detecting the language of responses in upper or lower case.
 """
@@ -36,8 +36,6 @@ from pathlib import Path
 from statistics import fmean
 from typing import Any
 
-import regex
-
 from redux.attention_mass import AttentionMass
 from redux.benchmarks import Metric, Outcome, Question, Row, source
 from redux.benchmarks.benchmark import group_metrics
@@ -46,6 +44,7 @@ from redux.instructions import (
     INSTRUCTION_PAIRS,
     INSTRUCTIONS,
     KEYWORDS,
+    count_words,
     draw_arguments,
     follows_loosely,
     follows_strictly,
@@ -55,7 +54,10 @@ from redux.instructions import (
 PER_TASK = 218
 
 ID_LIST = "instruction_id_list"
-"""Field of a row with several instructions, as in IFEval; "kwargs" is then a list, too."""
+"""Field of a row with several instructions, as in IFEval; "kwargs" is then a list, too.
+
+`id` and `kwargs`, the names of variables below, are IFEval's for an instruction and its arguments.
+"""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -105,7 +107,7 @@ def build_pair_questions(
 ) -> list[Question]:
     """Combine questions with two instructions each, by `INSTRUCTION_PAIRS`: per_task questions for each pair.
 
-    Arguments and errors are those of `build_questions`.  Questions and arguments of an instruction are the same as in
+    Arguments and errors are those of `build_questions`. Questions and arguments of an instruction are the same as in
     its own task, so both prompts can be compared.
     """
     return [
@@ -147,7 +149,7 @@ def _build_pair_question(image_question: ImageQuestion, number: int, seed: int, 
 
 
 def _draw_arguments(image_question: ImageQuestion, id: str, seed: int, keywords: Sequence[str]) -> dict[str, Any]:
-    # a seed for each question: adding a question or a task changes no other prompt
+    # A seed for each question: adding a question or a task changes no other prompt.
     return draw_arguments(id, random.Random(f"{seed}/{ALL_INSTRUCTIONS[id].task}/{image_question.id}"), keywords)
 
 
@@ -169,7 +171,7 @@ def _build_prompt(reference: Row) -> str:
 
 
 def has_instructions(row: Row) -> bool:
-    """Tell if a row asks to follow one or several instructions."""
+    """Return True if a row asks to follow one or several instructions."""
     return "instruction_id" in row or ID_LIST in row
 
 
@@ -192,30 +194,21 @@ def _task_group(task: int) -> str:
 # --- scores ----------------------------------------------------------------------------------------------------------
 
 
-def judge_row(row: Row) -> dict[str, bool]:
-    """Score one row: "strict" and "loose" if all its instructions are followed, and "right" if an answer is known."""
-    verdicts = _judge_instructions(row)
-    scores = {name: all(verdict[name] for _, verdict in verdicts) for name in ("strict", "loose")}
-    if row.get("answer") is not None:
-        scores["right"] = contains_answer(row["answer"], row["response"])
-    return scores
-
-
 def _judge_instructions(row: Row) -> list[tuple[str, dict[str, bool]]]:
     """Judge each instruction of a row: its id, and if the response follows it strictly and loosely."""
     result = []
     for id, kwargs in pair_arguments(row):
         is_strict = follows_strictly(id, kwargs, row["response"])
-        # a response that follows strictly also follows loosely
+        # A response that follows strictly also follows loosely.
         is_loose = is_strict or follows_loosely(id, kwargs, row["response"])
         result.append((id, {"strict": is_strict, "loose": is_loose}))
     return result
 
 
 def contains_answer(answer: str, response: str) -> bool:
-    """Tell if a response of any format contains the answer; upper and lower case are equal.
+    """Return True if a response of any format contains the answer; upper and lower case are equal.
 
-    For "yes" and "no" the first of the two words in the response counts.  Any other answer must occur as whole words.
+    For "yes" and "no" the first of the two words in the response counts. Any other answer must occur as whole words.
     That is lenient: "not red" contains "red", and so does a list of all colours.
 
     >>> contains_answer("no", "NO, IT IS NOT. YES, REALLY.")
@@ -225,8 +218,8 @@ def contains_answer(answer: str, response: str) -> bool:
     """
     answer, response = answer.strip().lower(), response.lower()
     if answer in ("yes", "no"):
-        first = re.search(r"\b(yes|no)\b", response)
-        return first is not None and first[0] == answer
+        match = re.search(r"\b(yes|no)\b", response)
+        return match is not None and match[0] == answer
     return re.search(rf"(?<!\w){re.escape(answer)}(?!\w)", response) is not None
 
 
@@ -234,8 +227,8 @@ def compute_metrics(rows: Sequence[Row]) -> dict[str, Metric]:
     """Compute "strict" and "loose", means over tasks as the paper's AVG, and "strict.NAME" of each instruction.
 
     For rows with several instructions these are shares of instructions, and "prompt_strict" and "prompt_loose" are
-    shares of prompts whose instructions are all followed.  For rows with a known answer also "right" and "both": right,
-    and all instructions followed strictly.  "words" is the mean number of words.  For rows with a measured attention
+    shares of prompts whose instructions are all followed. For rows with a known answer also "right" and "both": right,
+    and all instructions followed strictly. "words" is the mean number of words. For rows with a measured attention
     also those of `_attention_metrics`.
     """
     outcomes: dict[str, list[Outcome]] = {"strict": [], "loose": []}
@@ -257,11 +250,6 @@ def _score_row(row: Row) -> dict[str, float]:
     scores |= {f"strict.{ALL_INSTRUCTIONS[id].name}": verdict["strict"] for id, verdict in verdicts}
     scores["words"] = count_words(row["response"])
     return scores
-
-
-def count_words(response: str) -> int:
-    """Count the words of a response, as the instruction on their number does."""
-    return len(regex.findall(r"\w+", response))
 
 
 def _attention_metrics(rows: Sequence[Row]) -> dict[str, Metric]:
@@ -344,7 +332,7 @@ def _list_instructions(line: dict[str, Any]) -> list[tuple[str, dict[str, Any], 
 
 
 def write_questions(questions: Iterable[Question], path: str | Path) -> None:
-    """Write questions as JSON lines.  An encoded image becomes {"base64": text}."""
+    """Write questions as JSON lines. An encoded image becomes {"base64": text}."""
     lines = (
         {
             "id": question.id,
@@ -389,9 +377,9 @@ def _parse_question(line: dict[str, Any]) -> Question:
     reference = line["reference"]
     is_pair = ID_LIST in reference
     _check_record(reference, PAIR_FIELDS if is_pair else REFERENCE_FIELDS)
-    _list_instructions({**reference, "response": ""})  # checks the lists
+    _list_instructions({**reference, "response": ""})  # Checks the lists
     prompt = _build_prompt(reference)
-    # a file that was edited by hand would be scored by arguments that the prompt does not contain
+    # A file that was edited by hand would be scored by arguments that the prompt does not contain.
     if line["prompt"] != prompt:
         raise ValueError(f"prompt: got {line['prompt']!r}, allowed: what its reference asks, {prompt!r}")
     task = _find_pair_number(reference[ID_LIST]) if is_pair else ALL_INSTRUCTIONS[reference["instruction_id"]].task

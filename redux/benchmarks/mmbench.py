@@ -1,12 +1,12 @@
-"""MMBench: questions with two to four options, asked once for every rotation of the options.  arXiv 2307.06281.
+"""MMBench: questions with two to four options, asked once for every rotation of the options. arXiv 2307.06281.
 
-A question counts only if it is right in all rotations (circular evaluation).  The official files have a row for each
-rotation, rotation k with index + 1000000 k.  For a file without rotations they are added as by LLaVA's `--all-rounds`:
+A question counts only if it is right in all rotations (circular evaluation). The official files have a row for each
+rotation, rotation k with index + 1000000 k. For a file without rotations they are added as by LLaVA's `--all-rounds`:
 the first option moves to the end.
 
 Rules of open-compass/VLMEvalKit read the letter from a response (vlmeval/utils/matching_util.py in the package
-ms-vlmeval 0.0.20).  Its second step, which asks GPT about responses without a readable letter, is left out: they are
-wrong, as with its `exact_matching`.  LLaVA's prompt requests a letter, so almost none of its responses are concerned.
+ms-vlmeval 0.0.20). Its second step, which asks GPT about responses without a readable letter, is left out: they are
+wrong, as with its `exact_matching`. LLaVA's prompt requests a letter, so almost none of its responses are concerned.
 The paper's split, dev, has public answers; only the official server has those of test.
 """
 
@@ -88,7 +88,7 @@ def _read_cell(row: Mapping[str, str], column: str) -> str | None:
 
 
 def _read_image(location: str, row: Mapping[str, str], rows: Mapping[int, tuple[str, Mapping[str, str]]]) -> bytes:
-    """Read the encoded image.  Newer files replace a repeated image by the index of the row that has it."""
+    """Read the encoded image. Newer files replace a repeated image by the index of the row that has it."""
     code = get_field(location, row, "image")
     if len(code) <= 64 and code.isdecimal() and int(code) in rows:
         code = get_field(location, rows[int(code)][1], "image")
@@ -141,7 +141,7 @@ def compute_metrics(rows: Sequence[Row]) -> dict[str, Metric]:
 
     There are no metrics without answers.
     """
-    # all rotations of a question are one outcome, so they are collected first
+    # All rotations of a question are one outcome, so they are collected first.
     rotations = defaultdict(list)
     for row in rows:
         if "answer" in row:
@@ -162,7 +162,7 @@ def compute_metrics(rows: Sequence[Row]) -> dict[str, Metric]:
 def read_answers(source: Source, questions: Sequence[Question]) -> dict[str, str]:
     """Read a table, JSON list or lines of {index, prediction}, of LLaVA's {question_id, text}, or {id, response}.
 
-    The server's .xlsx must be saved as CSV first.  LLaVA's round_id is the number of a rotation that LLaVA added.
+    The server's .xlsx must be saved as CSV first. LLaVA's round_id is the number of a rotation that LLaVA added.
     """
 
     def iterate_answers() -> Iterator[FoundAnswer]:

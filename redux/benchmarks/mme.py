@@ -1,11 +1,11 @@
-"""MME: two yes-or-no questions about each image, in fourteen subtasks.  Fu et al., arXiv 2306.13394.
+"""MME: two yes-or-no questions about each image, in fourteen subtasks. Fu et al., arXiv 2306.13394.
 
-A subtask's score is 100 × (share of questions right + share of images with both right).  Ten subtasks add up to
-perception, which papers call MME, at most 2000, and four to cognition, at most 800.  The official scorer
+A subtask's score is 100 × (share of questions right + share of images with both right). Ten subtasks add up to
+perception, which papers call MME, at most 2000, and four to cognition, at most 800. The official scorer
 eval_tool/calculation.py looks for "yes", then "no", in the first four characters of a response.
 
 Official questions end with a request for yes or no; LLaVA requests a word or phrase instead (playground/data/eval/MME
-in haotian-liu/LLaVA, commit 32cebc38).  Images of a subtask lie in `images` and questions in `questions_answers_YN`, or
+in haotian-liu/LLaVA, commit 32cebc38). Images of a subtask lie in `images` and questions in `questions_answers_YN`, or
 both in one folder.
 """
 
@@ -41,7 +41,7 @@ def read_questions(*sources: Source) -> list[Question]:
     """
     folder = only_source(sources).rstrip("/")
     paths = [PurePosixPath(path) for path in list_files(folder)]
-    # by name without suffix, since images are .jpg or .png
+    # By name without suffix, since images are .jpg or .png.
     images = {_image_key(path): str(path) for path in paths if path.suffix != ".txt"}
     result = []
     for path in paths:
@@ -106,24 +106,28 @@ def compute_metrics(rows: Sequence[Row]) -> dict[str, Metric]:
     images: dict[str, dict[str, list[bool]]] = defaultdict(lambda: defaultdict(list))
     for row in rows:
         images[row["subtask"]][row["unit"]].append(read_verdict(row["response"]) == row["answer"])
-    single: dict[str, list[Outcome]] = {}
-    both: dict[str, list[Outcome]] = {}
+    single_outcomes: dict[str, list[Outcome]] = {}
+    pair_outcomes: dict[str, list[Outcome]] = {}
     for subtask, answers_by_image in images.items():
-        single[subtask] = [
-            Outcome(f"{subtask}.acc", unit, float(r)) for unit, right in answers_by_image.items() for r in right
+        single_outcomes[subtask] = [
+            Outcome(f"{subtask}.acc", unit, float(is_right))
+            for unit, answers in answers_by_image.items()
+            for is_right in answers
         ]
-        both[subtask] = [
-            Outcome(f"{subtask}.acc_plus", unit, float(all(right))) for unit, right in answers_by_image.items()
+        pair_outcomes[subtask] = [
+            Outcome(f"{subtask}.acc_plus", unit, float(all(answers))) for unit, answers in answers_by_image.items()
         ]
+    # The points of a subtask are the sum of both accuracies, times 100.
     result = {}
     for name, subtasks in (("perception", PERCEPTION), ("cognition", COGNITION)):
         if present := [subtask for subtask in subtasks if subtask in images]:
-            result[name] = Metric([o for subtask in present for o in single[subtask] + both[subtask]], weight=100.0)
+            outcomes = [outcome for subtask in present for outcome in single_outcomes[subtask] + pair_outcomes[subtask]]
+            result[name] = Metric(outcomes, weight=100.0)
     for subtask in PERCEPTION + COGNITION:
         if subtask in images:
-            result[subtask] = Metric(single[subtask] + both[subtask], weight=100.0)
-            result[f"{subtask}.acc"] = Metric(single[subtask])
-            result[f"{subtask}.acc_plus"] = Metric(both[subtask])
+            result[subtask] = Metric(single_outcomes[subtask] + pair_outcomes[subtask], weight=100.0)
+            result[f"{subtask}.acc"] = Metric(single_outcomes[subtask])
+            result[f"{subtask}.acc_plus"] = Metric(pair_outcomes[subtask])
     return result
 
 

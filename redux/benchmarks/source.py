@@ -1,6 +1,6 @@
-"""Read files of questions and answers, by path or URL.  Every ValueError names the file and the location in it.
+"""Read files of questions and answers, by path or URL. Every ValueError names the file and the location in it.
 
-Answers are a JSON list, JSON lines or a table.  The content decides, since file names vary.  pyarrow reads tables: the
+Answers are a JSON list, JSON lines or a table. The content decides, since file names vary. pyarrow reads tables: the
 standard library's reader refuses fields over 128 kB, such as images, unless a limit of the whole process is changed.
 """
 
@@ -61,8 +61,8 @@ def read_text(source: Source) -> str:
     """Read the text of a file."""
     try:
         with fsspec.open(fspath(source), "rb") as file:
-            return file.read().decode("utf-8-sig")  # spreadsheets write a byte order mark
-    # each store of fsspec has errors of its own
+            return file.read().decode("utf-8-sig")  # Spreadsheets write a byte order mark
+    # Each store of fsspec has errors of its own.
     except Exception as error:
         raise explain_error(error, f"{source}: cannot be read", "a path or URL of a file in UTF-8") from None
 
@@ -104,7 +104,7 @@ def list_entries(source: Source, content: Any, key: str) -> list[tuple[str, dict
 
 
 def read_records(source: Source, key_choices: Sequence[AnswerKeys]) -> Iterator[AnswerRecord]:
-    """Read answers from a JSON list, JSON lines, or else a table.  An empty file has none.
+    """Read answers from a JSON list, JSON lines, or else a table. An empty file has none.
 
     Args:
         source: path or URL.
@@ -120,7 +120,7 @@ def read_records(source: Source, key_choices: Sequence[AnswerKeys]) -> Iterator[
             items = parse_lines(source, text)
         case _:
             items = parse_table(source, text)
-            # checks the header even if the table has no rows
+            # Checks the header even if the table has no rows.
             _match_keys(f"{source}: line 1", dict.fromkeys(_read_header(text)[0]), key_choices)
     for location, item in items:
         yield AnswerRecord(location, item, _match_keys(location, item, key_choices))
@@ -128,7 +128,7 @@ def read_records(source: Source, key_choices: Sequence[AnswerKeys]) -> Iterator[
 
 def parse_lines(source: Source, text: str) -> Iterator[tuple[str, dict[str, Any]]]:
     """Parse JSON lines to (location, object); blank lines are skipped."""
-    # not splitlines, which also splits at characters that JSON allows inside a text
+    # Not splitlines, which also splits at characters that JSON allows inside a text.
     for number, line in enumerate(text.split("\n"), 1):
         if line.strip():
             yield (location := f"{source}: line {number}"), _require_object(location, parse_json(source, line, number))
@@ -137,14 +137,14 @@ def parse_lines(source: Source, text: str) -> Iterator[tuple[str, dict[str, Any]
 def parse_table(source: Source, text: str) -> Iterator[tuple[str, dict[str, str]]]:
     """Parse a table with a header to (location, row).
 
-    Tabs separate columns if the header has any, else commas.  Rows are numbered from 1.
+    Tabs separate columns if the header has any, else commas. Rows are numbered from 1.
     """
     names, separator = _read_header(text)
     data = text.encode()
     try:
         rows = pyarrow.csv.read_csv(
             io.BytesIO(data),
-            read_options=pyarrow.csv.ReadOptions(block_size=len(data) + 1),  # a row must fit into a block
+            read_options=pyarrow.csv.ReadOptions(block_size=len(data) + 1),  # A row must fit into a block
             parse_options=pyarrow.csv.ParseOptions(delimiter=separator, newlines_in_values=True),
             convert_options=pyarrow.csv.ConvertOptions(column_types=dict.fromkeys(names, pyarrow.string())),
         )
@@ -179,7 +179,7 @@ def match_answers(answers: Iterable[FoundAnswer], question_ids: Collection[str])
 def get_field(location: str, record: Mapping[str, Any], key: str, value_type: type = str) -> Any:
     """Get the value under `key`; ValueError if it is missing or of another type."""
     value = record.get(key)
-    # True is an int in Python, but no number in a file
+    # True is an int in Python, but no number in a file.
     if not isinstance(value, value_type) or isinstance(value, bool):
         got = f"{key} = {str(value)[:80]!r}" if key in record else _describe_keys(record)
         raise ValueError(f"{location}: got {got}, allowed: {key}, {FIELD_TYPES[value_type]}")
@@ -216,7 +216,7 @@ def _read_header(text: str) -> tuple[list[str], str]:
 
 
 def number_items(source: Source, items: list[Any]) -> Iterator[tuple[str, dict[str, Any]]]:
-    """Number the objects of a list from 1: (location, object).  ValueError for an item that is not an object."""
+    """Number the objects of a list from 1: (location, object). ValueError for an item that is not an object."""
     for number, item in enumerate(items, 1):
         yield (location := f"{source}: item {number}"), _require_object(location, item)
 

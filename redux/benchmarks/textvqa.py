@@ -1,6 +1,6 @@
-"""TextVQA: questions about the text in images, each answered by ten people.  Singh et al., arXiv 1904.08920.
+"""TextVQA: questions about the text in images, each answered by ten people. Singh et al., arXiv 1904.08920.
 
-The score is M4C's, as in LLaVA's eval_textvqa.py (haotian-liu/LLaVA, commit c121f043).  LLaVA reaches 58.2 with the
+The score is M4C's, as in LLaVA's eval_textvqa.py (haotian-liu/LLaVA, commit c121f043). LLaVA reaches 58.2 with the
 words that the Rosetta OCR read from the image in its prompt, and about 46 without them.
 """
 
@@ -59,7 +59,7 @@ def _build_question(location: str, entry: dict[str, Any], tokens: dict[str, list
         id=get_id(location, entry, "question_id"),
         unit=image,
         image=f"{image}.jpg",
-        # LLaVA's prompts begin with upper case, the questions of the file do not
+        # LLaVA's prompts begin with upper case, the questions of the file do not.
         prompt=question.capitalize() + ocr_line + SHORT_ANSWER_PROMPT,
         reference={"answers": get_texts(location, entry, "answers")} if "answers" in entry else {},
     )

@@ -1,7 +1,7 @@
 """Comparison of words in VQAv2 and TextVQA: the EvalAI answer processor, and the soft accuracy over ten answers.
 
 The tables and the two patterns define the metric, so they keep every oddity of their source, GT-Vision-Lab/VQA,
-PythonEvaluationTools/vqaEvaluation/vqaEval.py, commit a013f004.  M4C, LLaVA's scorer of TextVQA, has the same tables
+PythonEvaluationTools/vqaEvaluation/vqaEval.py, commit a013f004. M4C, LLaVA's scorer of TextVQA, has the same tables
 (haotian-liu/LLaVA, llava/eval/m4c_evaluator.py, commit c121f043) and a step before them, `word_tokenize`.
 """
 
@@ -16,7 +16,7 @@ ARTICLES = {"a", "an", "the"}
 PUNCTUATION = ';/[]"{}()=+\\_-><@`,?!'
 PERIOD = re.compile(
     r"(?!<=\d)(\.)(?!\d)"
-)  # the source means a look-behind; as written, only the next character matters
+)  # The source means a look-behind; as written, only the next character matters
 COMMA = re.compile(r"\d,\d")
 MAX_PERIODS = int(re.UNICODE)
 """Limit of removed periods: the source passes a flag in the place of the count."""
@@ -53,7 +53,7 @@ def normalize_answer(text: str) -> str:
     """Normalize an answer as the official VQA scorer: no punctuation, digits for words, no articles, apostrophes."""
     plain = text
     for mark in PUNCTUATION:
-        # a mark next to a space is removed, others become a space; with a comma between digits all are removed
+        # A mark next to a space is removed, others become a space; with a comma between digits all are removed.
         is_removed = f"{mark} " in text or f" {mark}" in text or COMMA.search(text)
         plain = plain.replace(mark, "" if is_removed else " ")
     plain = PERIOD.sub("", plain, count=MAX_PERIODS)

@@ -1,8 +1,8 @@
-"""VQAv2: open questions about COCO images, each answered by ten people.  Goyal et al., arXiv 1612.00837.
+"""VQAv2: open questions about COCO images, each answered by ten people. Goyal et al., arXiv 1612.00837.
 
-The official scorer is vqaEval.py (GT-Vision-Lab/VQA, commit a013f004).  It does not normalise an answer if all ten
-people agree exactly, so "Yes" would be wrong there.  LLaVA therefore submits the result of the EvalAI answer processor
-(scripts/convert_vqav2_for_submission.py), and here it is scored.  Answers in the official format of results have been
+The official scorer is vqaEval.py (GT-Vision-Lab/VQA, commit a013f004). It does not normalise an answer if all ten
+people agree exactly, so "Yes" would be wrong there. LLaVA therefore submits the result of the EvalAI answer processor
+(scripts/convert_vqav2_for_submission.py), and here it is scored. Answers in the official format of results have been
 submitted already, so they are scored unchanged.
 
 The paper's split, test-dev, has no public answers: the server scores the result of `build_submission`.
@@ -47,7 +47,7 @@ def read_questions(*sources: Source) -> list[Question]:
         sources: one file or both, in any order.
     """
     question_file, content, references = _sort_sources({fspath(source): read_json(source) for source in sources})
-    # test-dev is a part of test, whose images it shares
+    # Test-dev is a part of test, whose images it shares.
     subset = get_field(question_file, content, "data_subtype").replace("test-dev", "test")
     result = []
     for location, entry in list_entries(question_file, content, "questions"):
@@ -113,7 +113,7 @@ def official_accuracy(response: str | None, people: Sequence[str]) -> float:
         return 0.0
     answer = flatten_whitespace(response if isinstance(response, SubmittedAnswer) else normalize_as_evalai(response))
     references = [flatten_whitespace(person) for person in people]
-    # the official scorer normalizes only if people disagree
+    # The official scorer normalizes only if people disagree.
     if len(set(references)) > 1:
         answer = normalize_answer(answer)
         references = [normalize_answer(reference) for reference in references]

@@ -1,6 +1,6 @@
 """Fused Triton kernels for GPUs, and the choice between them and the plain code in torch.
 
-The plain code is the definition: it runs on any device, and tests compare every kernel with it.  A kernel replaces it
+The plain code is the definition: it runs on any device, and tests compare every kernel with it. A kernel replaces it
 where many small launches, or large intermediate tensors, cost more than the arithmetic.
 
 The choice holds for the whole process, like torch.backends:
@@ -9,7 +9,7 @@ The choice holds for the whole process, like torch.backends:
     plain   never a kernel
     fused   a kernel, or a ValueError with the reason why there is none
 
-Kernels run on CPU tensors if TRITON_INTERPRET=1 is set before the first import of triton.  Tests use that.
+Kernels run on CPU tensors if TRITON_INTERPRET=1 is set before the first import of triton. Tests use that.
 """
 
 import logging
@@ -21,12 +21,12 @@ import torch
 
 from redux.settings import KernelChoice
 
-# found once: a call from compiled code must not search for modules
+# Found once: a call from compiled code must not search for modules.
 _HAS_TRITON = find_spec("triton") is not None
 
 _logger = logging.getLogger(__name__)
 _choice: KernelChoice = "auto"
-_reported: set[tuple[str, str]] = set()
+_logged_choices: set[tuple[str, str]] = set()
 
 
 def set_kernels(choice: KernelChoice) -> None:
@@ -47,7 +47,7 @@ def get_kernels() -> KernelChoice:
 
 
 def is_interpreting() -> bool:
-    """Tell if Triton interprets kernels on CPU tensors."""
+    """Return True if Triton interprets kernels on CPU tensors."""
     return os.environ.get("TRITON_INTERPRET") == "1"
 
 
@@ -69,8 +69,8 @@ def use_fused(part: str, device: torch.device, unsupported: str = "") -> bool:
         return not reason
     if reason and _choice == "fused":
         raise ValueError(f"kernels: got fused, allowed for {part}: auto or plain, because {reason}")
-    if (part, reason) not in _reported:
-        _reported.add((part, reason))
+    if (part, reason) not in _logged_choices:
+        _logged_choices.add((part, reason))
         if reason:
             _logger.warning("%s: plain code, because %s", part, reason)
         else:

@@ -1,7 +1,7 @@
 """Fused merging of tokens: eq. 7 and 8 of VMTC and their order in three launches, and two for the gradient.
 
 One launch finds the first patch of each output token, one sorts the patches by output token and computes merge weights,
-and one sums the patches of each output token.  A kept token is a sum of one, with weight 1, and so is copied exactly.
+and one sums the patches of each output token. A kept token is a sum of one, with weight 1, and so is copied exactly.
 All sums run in float32 and in a fixed order.
 
 Shapes: batch, patches (input tokens), out (output tokens), dim.
@@ -41,7 +41,7 @@ def merge_tokens(
         vmtc: settings.
     """
     batch, patches, _ = tokens.shape
-    out = stage.out
+    out = stage.num_tokens_out
     first = ranked.new_empty(batch, out, dtype=torch.int32)
     key = ranked.new_empty(batch, patches, dtype=torch.int32)
     by_rank = torch.empty_like(key)
@@ -49,7 +49,7 @@ def merge_tokens(
     token_of_patch = torch.empty_like(ranked, memory_format=torch.contiguous_format)
     cluster = torch.empty(batch, out, dtype=torch.bool, device=tokens.device)
     weight, scale = (torch.empty(batch, patches, dtype=torch.float32, device=tokens.device) for _ in range(2))
-    # the plan has no gradient; `_Merge` gives the importance one
+    # The plan has no gradient; `_Merge` gives the importance one.
     score = ips.detach().contiguous()
     block_p = max(16, next_power_of_two(patches))
     with torch.cuda.device_of(tokens):
@@ -84,7 +84,7 @@ class _Merge(torch.autograd.Function):
                 ROWS=4, BLOCK=block, num_warps=4,
             )  # fmt: skip
         ctx.weights, ctx.ips_dtype = weights, ips.dtype
-        # the plan is a few integers a patch, so the backward pass keeps it instead of sorting again
+        # The plan is a few integers a patch, so the backward pass keeps it instead of sorting again.
         ctx.save_for_backward(tokens, *plan)
         return merged
 
@@ -93,25 +93,27 @@ class _Merge(torch.autograd.Function):
         tokens, token_of_patch, members, begin, length, weight, scale = ctx.saved_tensors
         gradient = gradient.contiguous()
         batch, patches, dim = tokens.shape
-        of_tokens = tokens.new_empty(batch, patches, dim)
-        of_ips = torch.empty_like(weight)
+        tokens_gradient = tokens.new_empty(batch, patches, dim)
+        ips_gradient = torch.empty_like(weight)
         block = min(1024, next_power_of_two(dim))
         with torch.cuda.device_of(tokens):
             _merge_gradient_kernel[(batch, patches)](
-                tokens, gradient, token_of_patch, weight, scale, of_tokens, of_ips, tokens.stride(0), tokens.stride(1),
-                patches, begin.shape[1],
+                tokens, gradient, token_of_patch, weight, scale, tokens_gradient, ips_gradient, tokens.stride(0),
+                tokens.stride(1), patches, begin.shape[1],
                 DIM=dim, BLOCK=block, num_warps=4,
             )  # fmt: skip
-            # of_ips treats divisors as constants so far
+            # ips_gradient treats divisors as constants so far.
             if ctx.weights == "normalized":
                 _divisor_gradient_kernel[begin.shape](
-                    members, begin, length, weight, scale, of_ips, patches, begin.shape[1], BLOCK=32, num_warps=1
+                    members, begin, length, weight, scale, ips_gradient, patches, begin.shape[1], BLOCK=32, num_warps=1
                 )
         if ctx.weights == "total":
-            # all merged patches share the divisor
-            shared = (of_ips * weight).sum(dim=1, keepdim=True)
-            of_ips = of_ips - torch.where((scale > 0) & (scale < 1 / torch.finfo(scale.dtype).tiny), shared, 0)
-        return of_tokens, of_ips.to(ctx.ips_dtype), None, None
+            # All merged patches share the divisor.
+            shared = (ips_gradient * weight).sum(dim=1, keepdim=True)
+            ips_gradient = ips_gradient - torch.where(
+                (scale > 0) & (scale < 1 / torch.finfo(scale.dtype).tiny), shared, 0
+            )
+        return tokens_gradient, ips_gradient.to(ctx.ips_dtype), None, None
 
 
 def follow_patches(
@@ -157,19 +159,19 @@ def _locate_kernel(
     tl.debug_barrier()
     patch = tl.load(ranked + image * patches + number, mask=inside, other=0)
     if DROPS:
-        of_patch = tl.where(number < kept, number, -1)
+        output_token = tl.where(number < kept, number, -1)
     else:
         redundant = inside & (number >= kept)
-        of_patch = tl.load(label + image * (patches - kept) + number - kept, mask=redundant, other=0).to(tl.int32)
-        of_patch = tl.where(number < kept, number, kept + of_patch)
-    tl.store(by_rank + image * patches + patch, of_patch, mask=inside)
-    # whole numbers: the minimum does not depend on the order
-    tl.atomic_min(first + of_patch, patch.to(tl.int32), mask=inside & (of_patch >= 0))
+        output_token = tl.load(label + image * (patches - kept) + number - kept, mask=redundant, other=0).to(tl.int32)
+        output_token = tl.where(number < kept, number, kept + output_token)
+    tl.store(by_rank + image * patches + patch, output_token, mask=inside)
+    # Whole numbers: the minimum does not depend on the order.
+    tl.atomic_min(first + output_token, patch.to(tl.int32), mask=inside & (output_token >= 0))
     tl.debug_barrier()
-    sorts_by = of_patch
+    sorts_by = output_token
     if SPATIAL:
-        sorts_by = tl.load(first + of_patch, mask=inside & (of_patch >= 0), other=0)
-    tl.store(key + image * patches + patch, tl.where(of_patch >= 0, sorts_by, patches), mask=inside)
+        sorts_by = tl.load(first + output_token, mask=inside & (output_token >= 0), other=0)
+    tl.store(key + image * patches + patch, tl.where(output_token >= 0, sorts_by, patches), mask=inside)
 
 
 @triton.jit(do_not_specialize=["patches", "kept", "out"])
@@ -194,7 +196,7 @@ def _arrange_kernel(
     inside = patch < patches
     other = tl.arange(0, BLOCK_P)
     row = image * patches
-    # dropped patches come last, and columns beyond the image after them
+    # Dropped patches come last, and columns beyond the image after them.
     key_of_other = tl.load(key + row + other, mask=other < patches, other=2147483647)
     key_of_patch = tl.load(key + row + patch, mask=inside, other=2147483647)
     rank_of_other = tl.load(by_rank + row + other, mask=other < patches, other=-1)
@@ -207,7 +209,7 @@ def _arrange_kernel(
     position = tl.sum((lower | earlier).to(tl.int32), axis=1)
     number = key_of_patch
     if SPATIAL:
-        # the key of an output token is its first patch; count the first patches before it
+        # The key of an output token is its first patch; count the first patches before it.
         number = tl.sum((lower & (key_of_other == other)[None, :]).to(tl.int32), axis=1)
     in_cluster = inside & (rank_of_patch >= kept)
     is_first = inside & (rank_of_patch >= 0) & (tl.sum(earlier.to(tl.int32), axis=1) == 0)
@@ -248,7 +250,7 @@ def _merge_kernel(
     position = tl.load(begin + image * out + number)
     end = position + tl.load(length + image * out + number)
     total = tl.zeros((BLOCK,), tl.float32)
-    # one program adds all members in their order: atomic additions would round differently in each run
+    # One program adds all members in their order: atomic additions would round differently in each run.
     while position < end:
         step = position + tl.arange(0, ROWS)
         patch = tl.load(members + image * patches + step, mask=step < end, other=0)
@@ -263,8 +265,8 @@ def _merge_kernel(
 @triton.jit(do_not_specialize=["patches", "out"])
 @no_type_check
 def _merge_gradient_kernel(
-    tokens, gradient, token_of_patch, weight, scale, of_tokens, of_score, stride_batch, stride_token, patches, out,
-    DIM: tl.constexpr, BLOCK: tl.constexpr,
+    tokens, gradient, token_of_patch, weight, scale, tokens_gradient, ips_gradient, stride_batch, stride_token,
+    patches, out, DIM: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
     """Compute the gradients of one patch and of its importance, the latter as if divisors were constants.
 
@@ -273,7 +275,7 @@ def _merge_gradient_kernel(
     Args:
         tokens, gradient: (batch, patches, dim) and gradient of the output, (batch, out, dim).
         token_of_patch, weight, scale: as `_arrange_kernel` writes them.
-        of_tokens, of_score: written, (batch, patches, dim) and (batch, patches).
+        tokens_gradient, ips_gradient: written, (batch, patches, dim) and (batch, patches).
     """
     image = tl.program_id(0).to(tl.int64)
     patch = tl.program_id(1)
@@ -281,39 +283,41 @@ def _merge_gradient_kernel(
     number = tl.load(token_of_patch + here)
     factor = tl.load(weight + here)
     factor_of_score = tl.load(scale + here)
-    held = number >= 0
+    has_token = number >= 0
     along = tl.zeros((BLOCK,), tl.float32)
     for start in range(0, DIM, BLOCK):
         column = start + tl.arange(0, BLOCK)
         inside = column < DIM
         there = (image * out + number) * DIM + column
-        slope = tl.load(gradient + there, mask=inside & held, other=0.0).to(tl.float32)
-        tl.store(of_tokens + here * DIM + column, (slope * factor).to(of_tokens.dtype.element_ty), mask=inside)
+        slope = tl.load(gradient + there, mask=inside & has_token, other=0.0).to(tl.float32)
+        tl.store(
+            tokens_gradient + here * DIM + column, (slope * factor).to(tokens_gradient.dtype.element_ty), mask=inside
+        )
         value = tl.load(
             tokens + image * stride_batch + patch.to(tl.int64) * stride_token + column, mask=inside, other=0.0
         ).to(tl.float32)
         along += slope * value
-    # a kept or dropped patch has a scale of 0, and its importance no gradient
-    tl.store(of_score + here, tl.where(factor_of_score > 0, tl.sum(along, axis=0) * factor_of_score, 0.0))
+    # A kept or dropped patch has a scale of 0, and its importance no gradient.
+    tl.store(ips_gradient + here, tl.where(factor_of_score > 0, tl.sum(along, axis=0) * factor_of_score, 0.0))
 
 
 @triton.jit(do_not_specialize=["patches", "out"])
 @no_type_check
-def _divisor_gradient_kernel(members, begin, length, weight, scale, of_score, patches, out, BLOCK: tl.constexpr):
+def _divisor_gradient_kernel(members, begin, length, weight, scale, ips_gradient, patches, out, BLOCK: tl.constexpr):
     """Add the gradient through the divisor that the patches of one output token share.
 
     Grid: (batch, out).
 
     Args:
         members, begin, length, weight, scale: as `_arrange_kernel` writes them.
-        of_score: (batch, patches) gradient of the importance, changed in place.
+        ips_gradient: (batch, patches) gradient of the importance, changed in place.
     """
     image = tl.program_id(0).to(tl.int64)
     number = tl.program_id(1)
     first = tl.load(begin + image * out + number)
     end = first + tl.load(length + image * out + number)
     divisor = tl.load(scale + image * patches + tl.load(members + image * patches + first))
-    # a kept token has no divisor, and one as small as `tiny` is a constant
+    # A kept token has no divisor, and one as small as `tiny` is a constant.
     if (divisor > 0) & (divisor < 1 / _TINY):
         shared = tl.zeros((BLOCK,), tl.float32)
         position = first
@@ -321,15 +325,15 @@ def _divisor_gradient_kernel(members, begin, length, weight, scale, of_score, pa
             step = position + tl.arange(0, BLOCK)
             patch = image * patches + tl.load(members + image * patches + step, mask=step < end, other=0)
             factor = tl.load(weight + patch, mask=step < end, other=0.0)
-            shared += factor * tl.load(of_score + patch, mask=step < end, other=0.0)
+            shared += factor * tl.load(ips_gradient + patch, mask=step < end, other=0.0)
             position += BLOCK
         total = tl.sum(shared, axis=0)
         position = first
         while position < end:
             step = position + tl.arange(0, BLOCK)
             patch = image * patches + tl.load(members + image * patches + step, mask=step < end, other=0)
-            value = tl.load(of_score + patch, mask=step < end, other=0.0)
-            tl.store(of_score + patch, value - total, mask=step < end)
+            value = tl.load(ips_gradient + patch, mask=step < end, other=0.0)
+            tl.store(ips_gradient + patch, value - total, mask=step < end)
             position += BLOCK
 
 

@@ -3,11 +3,11 @@
 1. `_score_keys`: scores of the new token for each head and key, and the parts of each head's log-sum-exp.
 2. `_score_focus`: mean over heads, the token's row of A_t2i (written into the cache), and the focus of each column.
 3. `_attend_kept`: the focus at the quantile's rank, by bisection over the bits of the scores, then the attention of the
-   keys that stay.  The softmax renormalises, so weights before and after inhibition share their scores.
+   keys that stay. The softmax renormalises, so weights before and after inhibition share their scores.
 
-Every program of the third kernel computes the rank again, which is cheaper than a launch.  A program reads keys up to
-the token's position, which lies on the device: keys to come of a StaticCache cost nothing.  No result depends on the
-order of programs.  Scores are float32 here, where the plain code rounds them to the dtype of the query.
+Every program of the third kernel computes the rank again, which is cheaper than a launch. A program reads keys up to
+the token's position, which lies on the device: keys to come of a StaticCache cost nothing. No result depends on the
+order of programs. Scores are float32 here, where the plain code rounds them to the dtype of the query.
 """
 
 from typing import TYPE_CHECKING, no_type_check
@@ -65,6 +65,7 @@ def _score_keys(
             mask=inside[:, None] & (dims[None, :] < HEAD_DIM),
             other=0.0,
         ).to(tl.float32)
+        # The query heads that share these keys, which are loaded once for all of them.
         for group in tl.static_range(HEADS // KV_HEADS):
             head = kv_head * (HEADS // KV_HEADS) + group
             vector = tl.load(
@@ -120,7 +121,7 @@ def _score_focus(
     batch = tl.program_id(1).to(tl.int64)
     last = tl.load(position).to(tl.int32)
     heads = tl.arange(0, BLOCK_HEADS)
-    # log-sum-exp of each head, from its blocks
+    # Log-sum-exp of each head, from its blocks.
     part = tl.arange(0, BLOCK_PARTS)
     in_use = (heads[:, None] < HEADS) & (part[None, :] * BLOCK_KEYS <= last) & (part[None, :] < blocks)
     parts = scores + scores_size + ((batch * HEADS + heads[:, None]) * blocks + part[None, :]) * 2
@@ -129,7 +130,7 @@ def _score_focus(
     largest = tl.max(maxima, axis=1)
     total = tl.sum(tl.where(totals > 0.0, totals * tl.exp(maxima - largest[:, None]), 0.0), axis=1)
     log_total = tl.log(tl.maximum(total, 1e-37))
-    # A_t2i of this token
+    # A_t2i of this token.
     slot = tl.program_id(0) * BLOCK_COLUMNS + tl.arange(0, BLOCK_COLUMNS)
     inhibited = slot < slots
     inhibited = inhibited & (tl.load(valid + batch * slots + slot, mask=inhibited, other=0) != 0)
@@ -139,11 +140,11 @@ def _score_focus(
     )
     text = tl.load(is_text + batch) != 0
     t2i = tl.where(inhibited & text, t2i, 0.0)
-    # eq. 10 and 11, over the tokens before this one
+    # Eq. 10 and 11, over the tokens before this one.
     focus = t2i
     if FOCUS != "tia":
-        own = cached + batch * cached_batch + (last - start).to(tl.int64) * cached_row + slot
-        tl.store(own, t2i, mask=slot < slots)
+        row_pointer = cached + batch * cached_batch + (last - start).to(tl.int64) * cached_row + slot
+        tl.store(row_pointer, t2i, mask=slot < slots)
         for first in range(start, last, BLOCK_KEYS):
             row = first + tl.arange(0, BLOCK_KEYS)
             inside = row < last
@@ -175,14 +176,15 @@ def _order_bits(number):
 @no_type_check
 def _find_rank(bits, candidate, rank):
     """Find the number at a rank from 0 among the candidates; all ones if there are fewer."""
-    found = tl.full([], 0, tl.uint32)
+    # Bit by bit from the highest: the largest number with at most `rank` candidates below it.
+    result = tl.full([], 0, tl.uint32)
     bit = tl.full([], 0x80000000, tl.uint32)
     for _ in range(32):
-        trial = found | bit
+        trial = result | bit
         less = tl.sum((candidate & (bits < trial)).to(tl.int32), axis=0)
-        found = tl.where(less <= rank, trial, found)
+        result = tl.where(less <= rank, trial, result)
         bit = bit >> 1
-    return found
+    return result
 
 
 @triton.jit(do_not_specialize=["blocks", "scores_size", "focus_offset", "keys", "slots"])
@@ -210,7 +212,7 @@ def _attend_kept(
     last = tl.load(position).to(tl.int32)
     row_scores = scores + (batch * HEADS + head) * blocks * BLOCK_KEYS
     focus_row = scores + focus_offset + batch * keys
-    # candidates: image tokens that the token sees
+    # Candidates: image tokens that the token sees.
     slot = tl.arange(0, BLOCK_SLOTS)
     candidate = slot < slots
     candidate = candidate & (tl.load(valid + batch * slots + slot, mask=candidate, other=0) != 0)
@@ -219,7 +221,7 @@ def _attend_kept(
     candidate = candidate & (seen > -float("inf"))
     bits = _order_bits(tl.load(focus_row + column, mask=candidate, other=0.0))
     count = tl.sum(candidate.to(tl.int32), axis=0)
-    # ranks in float64, as in the plain code; gamma comes in two parts of float32
+    # Ranks in float64, as in the plain code; gamma comes in two parts of float32.
     gamma = tl.full([], 0.0, tl.float64) + gamma_high + gamma_low
     exact = gamma * count.to(tl.float64) if QUANTILE == "count" else gamma * tl.maximum(count - 1, 0).to(tl.float64)
     rank = tl.floor(exact + 1e-9).to(tl.int32)
@@ -232,8 +234,9 @@ def _attend_kept(
         fraction = tl.maximum(exact - rank.to(tl.float64), 0.0).to(tl.float32)
         between = below_value + fraction * (above_value - below_value)
         threshold = tl.where((not_above >= rank + 2) | (count <= rank + 1), threshold, _order_bits(between))
-    # of equal scores, "count" drops the first
+    # Of equal scores, "count" drops the first.
     equal_to_drop = rank - tl.sum((candidate & (bits < threshold)).to(tl.int32), axis=0)
+    # The row's maximum, from its blocks, and the softmax over the keys that stay.
     part = tl.arange(0, BLOCK_PARTS)
     parts = scores + scores_size + ((batch * HEADS + head) * blocks + part) * 2
     largest = tl.max(tl.load(parts, mask=(part < blocks) & (part * BLOCK_KEYS <= last), other=-float("inf")), axis=0)
@@ -247,6 +250,7 @@ def _attend_kept(
         row = first + tl.arange(0, BLOCK_KEYS)
         inside = row <= last
         score = tl.load(row_scores + row, mask=inside, other=-float("inf"))
+        # Only image tokens that the token sees may be dropped, and only by a text token.
         image = tl.load(is_image + batch * is_image_batch + row, mask=inside, other=0) != 0
         image = image & text & (score > -float("inf"))
         order = _order_bits(tl.load(focus_row + row, mask=image, other=0.0))
@@ -304,7 +308,7 @@ def attend_decoded_token(
     kv_heads, keys = key.shape[1], key.shape[2]
     slots, cmai = step.columns.shape[1], step.cmai
     query, key, value = unit_stride(query), unit_stride(key), unit_stride(value)
-    # one buffer for scores, parts of log-sum-exps and focus: an allocation costs as much as a launch
+    # One buffer for scores, parts of log-sum-exps and focus: an allocation costs as much as a launch.
     blocks = divide_up(keys, BLOCK_KEYS)
     scores_size = batch * heads * blocks * BLOCK_KEYS
     focus_offset = scores_size + batch * heads * blocks * 2
@@ -317,7 +321,7 @@ def attend_decoded_token(
         query.stride(0), query.stride(1), key.stride(0), key.stride(1), key.stride(2), shared, visible.stride(3),
         HEADS=heads, KV_HEADS=kv_heads, HEAD_DIM=head_dim, BLOCK_DIM=block_dim, BLOCK_KEYS=BLOCK_KEYS,
     )  # fmt: skip
-    # raw scores: "scaled" are the scores that attention uses
+    # Raw scores: "scaled" are the scores that attention uses.
     factor = 1.0 if cmai.scores != "scores" else 1.0 / scale
     rows, rows_batch, rows_row = (scratch, 0, 0) if cached is None else (cached, cached.stride(0), cached.stride(1))
     block_columns = 32 if batch < 8 else 64
@@ -329,7 +333,7 @@ def attend_decoded_token(
     )  # fmt: skip
     if batch * heads < MIN_PROGRAMS:
         block_dim = min(block_dim, 32)
-    # the upper 24 bits of gamma, by Veltkamp's splitting
+    # The upper 24 bits of gamma, by Veltkamp's splitting.
     gamma_high = gamma * (2.0**29 + 1) - (gamma * (2.0**29 + 1) - gamma)
     _attend_kept[(divide_up(head_dim, block_dim), batch * heads)](
         scratch, value, step.position, step.columns, step.valid, step.is_text, is_image, output,

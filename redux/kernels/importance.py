@@ -46,12 +46,12 @@ class _ClassAttention(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, Tensor, None, None]:
         query, keys, weights = ctx.saved_tensors
-        # the derivative of a softmax; scores are float32, and products run in the dtype of the keys
-        of_weights = weights * gradient
-        of_scores = (of_weights - weights * of_weights.sum(dim=-1, keepdim=True)) * ctx.scale
-        of_scores = of_scores.to(keys.dtype)
-        of_query = (of_scores.unsqueeze(2) @ keys).squeeze(2)
-        return of_query, of_scores.unsqueeze(3) * query.unsqueeze(2), None, None
+        # The derivative of a softmax; scores are float32, and products run in the dtype of the keys.
+        weighted_gradient = weights * gradient
+        scores_gradient = (weighted_gradient - weights * weighted_gradient.sum(dim=-1, keepdim=True)) * ctx.scale
+        scores_gradient = scores_gradient.to(keys.dtype)
+        query_gradient = (scores_gradient.unsqueeze(2) @ keys).squeeze(2)
+        return query_gradient, scores_gradient.unsqueeze(3) * query.unsqueeze(2), None, None
 
 
 @triton.jit(do_not_specialize=["tokens", "scale"])
@@ -86,7 +86,7 @@ def _class_attention_kernel(
     if BIASED:
         added = tl.load(bias + image * stride_bias + token * stride_bias_token, mask=inside, other=0.0)
         score += added.to(tl.float32)
-    # a whole row of scores fits into registers, so the softmax needs one pass
+    # A whole row of scores fits into registers, so the softmax needs one pass.
     score = tl.where(inside, score, float("-inf"))
     score = tl.exp(score - tl.max(score, axis=0))
     tl.store(weights + (image * heads + head) * tokens + token, score / tl.sum(score, axis=0), mask=inside)

@@ -1,11 +1,11 @@
 """Causal attention with padding and a mask that all heads share, forward and backward, in Triton.
 
-PyTorch's fast kernels take no mask.  These read one only where it can matter: in tiles on the diagonal, and in tiles
-of rows from `first_row` on and keys within `span`.  Tiles above the diagonal are skipped, and all others are a plain
-product.  No sum depends on the order in which programs run, so recomputed activations are equal bit for bit.
+PyTorch's fast kernels take no mask. These read one only where it can matter: in tiles on the diagonal, and in tiles
+of rows from `first_row` on and keys within `span`. Tiles above the diagonal are skipped, and all others are a plain
+product. No sum depends on the order in which programs run, so recomputed activations are equal bit for bit.
 
 Three kernels: the forward pass; dq, which also computes delta = sum(dout * out) of each row; and dk with dv, whose
-programs add up the query heads that share a key head.  A row that sees no key gives zeros.
+programs add up the query heads that share a key head. A row that sees no key gives zeros.
 
 Scores are kept in base 2: exp2(score * scale * log2(e)).
 """
@@ -53,21 +53,21 @@ LOG2_E = math.log2(math.e)
 @no_type_check
 def load_rows(pointer, stride, rows, length, dims, head_dim: tl.constexpr, block_dim: tl.constexpr):
     """Load a (rows, head_dim) tile; zeros beyond the sequence and beyond head_dim."""
-    where = pointer + rows[:, None] * stride + dims[None, :]
+    pointers = pointer + rows[:, None] * stride + dims[None, :]
     if head_dim == block_dim:
-        return tl.load(where, mask=rows[:, None] < length, other=0.0)
-    return tl.load(where, mask=(rows[:, None] < length) & (dims[None, :] < head_dim), other=0.0)
+        return tl.load(pointers, mask=rows[:, None] < length, other=0.0)
+    return tl.load(pointers, mask=(rows[:, None] < length) & (dims[None, :] < head_dim), other=0.0)
 
 
 @triton.jit
 @no_type_check
 def store_rows(pointer, stride, rows, length, dims, tile, head_dim: tl.constexpr, block_dim: tl.constexpr):
     """Store a (rows, head_dim) tile."""
-    where = pointer + rows[:, None] * stride + dims[None, :]
+    pointers = pointer + rows[:, None] * stride + dims[None, :]
     if head_dim == block_dim:
-        tl.store(where, tile, mask=rows[:, None] < length)
+        tl.store(pointers, tile, mask=rows[:, None] < length)
     else:
-        tl.store(where, tile, mask=(rows[:, None] < length) & (dims[None, :] < head_dim))
+        tl.store(pointers, tile, mask=(rows[:, None] < length) & (dims[None, :] < head_dim))
 
 
 @triton.jit
@@ -80,7 +80,7 @@ def visible_pairs(rows, keys, length, padding, mask, mask_stride, diagonal: tl.c
     if padded:
         stays = stays & (tl.load(padding + keys, mask=keys < length, other=0) != 0)
     if mask is not None:
-        # columns are bounded by the stride, a multiple of 16, so that loads stay wide
+        # Columns are bounded by the stride, a multiple of 16, so that loads stay wide.
         inside = (rows < length) & (keys < mask_stride)
         stays = stays & (tl.load(mask + rows * mask_stride + keys, mask=inside, other=0) != 0)
     return stays
@@ -89,7 +89,7 @@ def visible_pairs(rows, keys, length, padding, mask, mask_stride, diagonal: tl.c
 @triton.jit
 @no_type_check
 def _attend(
-    q, accumulator, top, total, k_head, v_head, k_stride, v_stride, padding, mask, mask_stride,
+    q, accumulator, row_max, row_sum, k_head, v_head, k_stride, v_stride, padding, mask, mask_stride,
     rows, first, last, length, dims, factor,
     diagonal: tl.constexpr, padded: tl.constexpr, head_dim: tl.constexpr, block_dim: tl.constexpr,
     block_keys: tl.constexpr, precision: tl.constexpr,
@@ -102,17 +102,17 @@ def _attend(
         if diagonal or padded or mask is not None:
             stays = visible_pairs(rows[:, None], keys[None, :], length, padding, mask, mask_stride, diagonal, padded)
             scores = tl.where(stays, scores, float("-inf"))
-        new_top = tl.maximum(top, tl.max(scores, 1))
-        # a row that has seen no key yet has no finite maximum
-        shift = tl.where(new_top == float("-inf"), 0.0, new_top)
+        new_max = tl.maximum(row_max, tl.max(scores, 1))
+        # A row that has seen no key yet has no finite maximum.
+        shift = tl.where(new_max == float("-inf"), 0.0, new_max)
         weights = tl.exp2(scores - shift[:, None])
-        decay = tl.exp2(top - shift)
-        total = total * decay + tl.sum(weights, 1)
+        decay = tl.exp2(row_max - shift)
+        row_sum = row_sum * decay + tl.sum(weights, 1)
         v = load_rows(v_head, v_stride, keys, length, dims, head_dim, block_dim)
         accumulator = accumulator * decay[:, None]
         accumulator = tl.dot(weights.to(v.dtype), v, accumulator, input_precision=precision)
-        top = new_top
-    return accumulator, top, total
+        row_max = new_max
+    return accumulator, row_max, row_sum
 
 
 @triton.jit
@@ -152,48 +152,50 @@ def _forward(
     row_start = (tl.num_programs(0) - 1 - tl.program_id(0)) * block_rows
     batch = tl.program_id(1) // heads
     head = tl.program_id(1) % heads
-    wide = batch.to(tl.int64)
-    q += wide * q_batch + head * q_head
-    k += wide * k_batch + head // groups * k_head
-    v += wide * v_batch + head // groups * v_head
-    out += wide * out_batch + head * out_head
-    lse += (wide * heads + head) * length
+    # 64 bits, so that offsets into large tensors do not overflow.
+    batch_index = batch.to(tl.int64)
+    q += batch_index * q_batch + head * q_head
+    k += batch_index * k_batch + head // groups * k_head
+    v += batch_index * v_batch + head // groups * v_head
+    out += batch_index * out_batch + head * out_head
+    lse += (batch_index * heads + head) * length
     rows = row_start + tl.arange(0, block_rows)
     dims = tl.arange(0, block_dim)
     padded: tl.constexpr = padding is not None
     if padded:
-        padding += wide * length
+        padding += batch_index * length
     low = 0
     high = 0
     if mask is not None:
-        mask += wide * length * mask_stride
+        mask += batch_index * length * mask_stride
         low, high = masked_span(span, batch, row_start, first_row, block_rows, block_keys)
     q_tile = load_rows(q, q_row, rows, length, dims, head_dim, block_dim)
     accumulator = tl.zeros([block_rows, block_dim], tl.float32)
-    top = tl.full([block_rows], float("-inf"), tl.float32)
-    total = tl.zeros([block_rows], tl.float32)
+    row_max = tl.full([block_rows], float("-inf"), tl.float32)
+    row_sum = tl.zeros([block_rows], tl.float32)
+    # Keys before the span and within it; then those between it and the diagonal tile; then that tile.
     if mask is not None:
-        accumulator, top, total = _attend(
-            q_tile, accumulator, top, total, k, v, k_row, v_row, padding, None, mask_stride, rows, 0, low, length,
-            dims, factor, False, padded, head_dim, block_dim, block_keys, precision,
+        accumulator, row_max, row_sum = _attend(
+            q_tile, accumulator, row_max, row_sum, k, v, k_row, v_row, padding, None, mask_stride, rows, 0, low,
+            length, dims, factor, False, padded, head_dim, block_dim, block_keys, precision,
         )  # fmt: skip
-        accumulator, top, total = _attend(
-            q_tile, accumulator, top, total, k, v, k_row, v_row, padding, mask, mask_stride, rows, low, high, length,
-            dims, factor, False, padded, head_dim, block_dim, block_keys, precision,
+        accumulator, row_max, row_sum = _attend(
+            q_tile, accumulator, row_max, row_sum, k, v, k_row, v_row, padding, mask, mask_stride, rows, low, high,
+            length, dims, factor, False, padded, head_dim, block_dim, block_keys, precision,
         )  # fmt: skip
-    accumulator, top, total = _attend(
-        q_tile, accumulator, top, total, k, v, k_row, v_row, padding, None, mask_stride, rows, high, row_start, length,
-        dims, factor, False, padded, head_dim, block_dim, block_keys, precision,
+    accumulator, row_max, row_sum = _attend(
+        q_tile, accumulator, row_max, row_sum, k, v, k_row, v_row, padding, None, mask_stride, rows, high, row_start,
+        length, dims, factor, False, padded, head_dim, block_dim, block_keys, precision,
     )  # fmt: skip
     end = tl.minimum(row_start + block_rows, length)
-    accumulator, top, total = _attend(
-        q_tile, accumulator, top, total, k, v, k_row, v_row, padding, mask, mask_stride, rows, row_start, end, length,
-        dims, factor, True, padded, head_dim, block_dim, block_keys, precision,
+    accumulator, row_max, row_sum = _attend(
+        q_tile, accumulator, row_max, row_sum, k, v, k_row, v_row, padding, mask, mask_stride, rows, row_start, end,
+        length, dims, factor, True, padded, head_dim, block_dim, block_keys, precision,
     )  # fmt: skip
-    sees_none = total == 0.0
-    accumulator = accumulator / tl.where(sees_none, 1.0, total)[:, None]
-    # infinity makes every weight of such a row zero in the backward pass
-    tl.store(lse + rows, tl.where(sees_none, float("inf"), top + tl.log2(total)), mask=rows < length)
+    sees_none = row_sum == 0.0
+    accumulator = accumulator / tl.where(sees_none, 1.0, row_sum)[:, None]
+    # Infinity makes every weight of such a row zero in the backward pass.
+    tl.store(lse + rows, tl.where(sees_none, float("inf"), row_max + tl.log2(row_sum)), mask=rows < length)
     store_rows(out, out_row, rows, length, dims, accumulator.to(out.dtype.element_ty), head_dim, block_dim)
 
 
@@ -214,8 +216,8 @@ def _add_query_gradient(
         if diagonal or padded or mask is not None:
             stays = visible_pairs(rows[:, None], keys[None, :], length, padding, mask, mask_stride, diagonal, padded)
             weights = tl.where(stays, weights, 0.0)
-        change = weights * (tl.dot(dout, tl.trans(v), input_precision=precision) - delta[:, None])
-        gradient = tl.dot(change.to(k.dtype), k, gradient, input_precision=precision)
+        score_gradient = weights * (tl.dot(dout, tl.trans(v), input_precision=precision) - delta[:, None])
+        gradient = tl.dot(score_gradient.to(k.dtype), k, gradient, input_precision=precision)
     return gradient
 
 
@@ -241,32 +243,35 @@ def _query_gradient(
     row_start = (tl.num_programs(0) - 1 - tl.program_id(0)) * block_rows
     batch = tl.program_id(1) // heads
     head = tl.program_id(1) % heads
-    wide = batch.to(tl.int64)
-    q += wide * q_batch + head * q_head
-    k += wide * k_batch + head // groups * k_head
-    v += wide * v_batch + head // groups * v_head
-    out += wide * out_batch + head * out_head
-    dout += wide * dout_batch + head * dout_head
-    dq += wide * dq_batch + head * dq_head
-    lse += (wide * heads + head) * length
-    delta += (wide * heads + head) * length
+    # 64 bits, so that offsets into large tensors do not overflow.
+    batch_index = batch.to(tl.int64)
+    q += batch_index * q_batch + head * q_head
+    k += batch_index * k_batch + head // groups * k_head
+    v += batch_index * v_batch + head // groups * v_head
+    out += batch_index * out_batch + head * out_head
+    dout += batch_index * dout_batch + head * dout_head
+    dq += batch_index * dq_batch + head * dq_head
+    lse += (batch_index * heads + head) * length
+    delta += (batch_index * heads + head) * length
     rows = row_start + tl.arange(0, block_rows)
     dims = tl.arange(0, block_dim)
     padded: tl.constexpr = padding is not None
     if padded:
-        padding += wide * length
+        padding += batch_index * length
     low = 0
     high = 0
     if mask is not None:
-        mask += wide * length * mask_stride
+        mask += batch_index * length * mask_stride
         low, high = masked_span(span, batch, row_start, first_row, block_rows, block_keys)
     q_tile = load_rows(q, q_row, rows, length, dims, head_dim, block_dim)
     dout_tile = load_rows(dout, dout_row, rows, length, dims, head_dim, block_dim)
     out_tile = load_rows(out, out_row, rows, length, dims, head_dim, block_dim)
+    # Stored, because the kernel of dk and dv needs delta, too.
     delta_rows = tl.sum(out_tile.to(tl.float32) * dout_tile.to(tl.float32), 1)
     tl.store(delta + rows, delta_rows, mask=rows < length)
     lse_rows = tl.load(lse + rows, mask=rows < length, other=float("inf"))
     gradient = tl.zeros([block_rows, block_dim], tl.float32)
+    # Keys before the span and within it; then those between it and the diagonal tile; then that tile.
     if mask is not None:
         gradient = _add_query_gradient(
             q_tile, dout_tile, gradient, lse_rows, delta_rows, k, v, k_row, v_row, padding, None, mask_stride, rows,
@@ -296,7 +301,7 @@ def _add_key_gradients(
     diagonal: tl.constexpr, padded: tl.constexpr, head_dim: tl.constexpr, block_dim: tl.constexpr,
     block_rows: tl.constexpr, precision: tl.constexpr,
 ):  # fmt: skip
-    """Add the share of rows first to last to dk and dv of a tile of keys.  Its products are (keys, rows)."""
+    """Add the share of rows first to last to dk and dv of a tile of keys. Its products are (keys, rows)."""
     for start in range(first, last, block_rows):
         rows = start + tl.arange(0, block_rows)
         q = load_rows(q_head, q_stride, rows, length, dims, head_dim, block_dim)
@@ -308,8 +313,8 @@ def _add_key_gradients(
         dout = load_rows(dout_head, dout_stride, rows, length, dims, head_dim, block_dim)
         dv = tl.dot(weights.to(dout.dtype), dout, dv, input_precision=precision)
         delta_rows = tl.load(delta + rows, mask=rows < length, other=0.0)
-        change = weights * (tl.dot(v, tl.trans(dout), input_precision=precision) - delta_rows[None, :])
-        dk = tl.dot(change.to(q.dtype), q, dk, input_precision=precision)
+        score_gradient = weights * (tl.dot(v, tl.trans(dout), input_precision=precision) - delta_rows[None, :])
+        dk = tl.dot(score_gradient.to(q.dtype), q, dk, input_precision=precision)
     return dk, dv
 
 
@@ -334,33 +339,35 @@ def _key_gradients(
     key_start = tl.program_id(0) * block_keys
     batch = tl.program_id(1) // kv_heads
     kv_head = tl.program_id(1) % kv_heads
-    wide = batch.to(tl.int64)
-    k += wide * k_batch + kv_head * k_head
-    v += wide * v_batch + kv_head * v_head
-    dk += wide * dk_batch + kv_head * dk_head
-    dv += wide * dv_batch + kv_head * dv_head
+    # 64 bits, so that offsets into large tensors do not overflow.
+    batch_index = batch.to(tl.int64)
+    k += batch_index * k_batch + kv_head * k_head
+    v += batch_index * v_batch + kv_head * v_head
+    dk += batch_index * dk_batch + kv_head * dk_head
+    dv += batch_index * dv_batch + kv_head * dv_head
     keys = key_start + tl.arange(0, block_keys)
     dims = tl.arange(0, block_dim)
     padded: tl.constexpr = padding is not None
     if padded:
-        padding += wide * length
-    # rows below the diagonal tile: without the mask up to masked_from, with it from there on
+        padding += batch_index * length
+    # Rows below the diagonal tile: without the mask up to masked_from, with it from there on.
     below = key_start + block_keys
     masked_from = length
     if mask is not None:
-        mask += wide * length * mask_stride
+        mask += batch_index * length * mask_stride
         if (tl.load(span + batch * 2) < below) & (tl.load(span + batch * 2 + 1) > key_start):
             masked_from = tl.maximum(first_row // block_rows * block_rows, below)
+    # Query heads in a fixed order, so that their sum is the same in each run.
     k_tile = load_rows(k, k_row, keys, length, dims, head_dim, block_dim)
     v_tile = load_rows(v, v_row, keys, length, dims, head_dim, block_dim)
     dk_tile = tl.zeros([block_keys, block_dim], tl.float32)
     dv_tile = tl.zeros([block_keys, block_dim], tl.float32)
     for group in range(groups):
         head = kv_head * groups + group
-        q_head_pointer = q + wide * q_batch + head * q_head
-        dout_head_pointer = dout + wide * dout_batch + head * dout_head
-        lse_head = lse + (wide * kv_heads * groups + head) * length
-        delta_head = delta + (wide * kv_heads * groups + head) * length
+        q_head_pointer = q + batch_index * q_batch + head * q_head
+        dout_head_pointer = dout + batch_index * dout_batch + head * dout_head
+        lse_head = lse + (batch_index * kv_heads * groups + head) * length
+        delta_head = delta + (batch_index * kv_heads * groups + head) * length
         dk_tile, dv_tile = _add_key_gradients(
             k_tile, v_tile, dk_tile, dv_tile, q_head_pointer, dout_head_pointer, q_row, dout_row, lse_head, delta_head,
             padding, mask, mask_stride, keys, key_start, tl.minimum(below, length), length, dims, factor,
@@ -437,7 +444,7 @@ class _MaskedAttention(torch.autograd.Function):
         query, key, value = (unit_stride(tensor) for tensor in (query, key, value))
         padding = padding.contiguous() if padding is not None else None
         batch, heads, length, head_dim = query.shape
-        # in memory as (batch, rows, heads, head_dim), which the next projection reads without a copy
+        # In memory as (batch, rows, heads, head_dim), which the next projection reads without a copy.
         out = query.new_empty(batch, length, heads, head_dim).transpose(1, 2)
         lse = query.new_empty(batch, heads, length, dtype=torch.float32)
         tiles = FORWARD_TILES[query.element_size()]
@@ -469,7 +476,7 @@ class _MaskedAttention(torch.autograd.Function):
             *inputs, *out.stride()[:3], *dout.stride()[:3], *dq.stride()[:3],
             mask_stride, heads, *scalars, **launch_options(query, tiles),
         )  # fmt: skip
-        # after dq, which computes delta
+        # After dq, which computes delta.
         tiles = KEY_GRADIENT_TILES[query.element_size()]
         _key_gradients[(divide_up(length, tiles.keys), batch * kv_heads)](
             query, key, value, dout, dk, dv, lse, delta, padding, pairs, span,
@@ -491,7 +498,7 @@ def launch_options(query: Tensor, tiles: Tiles) -> dict[str, Any]:
         "block_dim": max(next_power_of_two(query.shape[-1]), 16),
         "block_rows": tiles.rows,
         "block_keys": tiles.keys,
-        # three products of tensor cores come close to one of float32
+        # Three products of tensor cores come close to one of float32.
         "precision": "tf32x3" if query.dtype == torch.float32 else None,
         "num_warps": tiles.warps,
         "num_stages": tiles.stages,

@@ -3,7 +3,7 @@
 Two kernels for weights, one for raw scores:
 
 1. The log-sum-exp of each (head, row): a flash attention's forward pass without values.
-2. A tile of (rows, keys) of A stays in registers while a program loops over the heads.  It writes what CMAI reads: A of
+2. A tile of (rows, keys) of A stays in registers while a program loops over the heads. It writes what CMAI reads: A of
    earlier keys from the first text row on, strictly below the diagonal, and A_t2i with image tokens side by side.
 
 Tiles above the diagonal, and tiles of keys that CMAI does not read, cost nothing.
@@ -31,7 +31,7 @@ The first key of a tile is a multiple of its keys.
 @triton.jit
 @no_type_check
 def _add_exponentials(
-    q, top, total, k_head, k_stride, padding, rows, first, last, length, dims, factor,
+    q, row_max, row_sum, k_head, k_stride, padding, rows, first, last, length, dims, factor,
     diagonal: tl.constexpr, padded: tl.constexpr, head_dim: tl.constexpr, block_dim: tl.constexpr,
     block_keys: tl.constexpr, precision: tl.constexpr,
 ):  # fmt: skip
@@ -43,11 +43,11 @@ def _add_exponentials(
         if diagonal or padded:
             stays = visible_pairs(rows[:, None], keys[None, :], length, padding, None, 0, diagonal, padded)
             scores = tl.where(stays, scores, float("-inf"))
-        new_top = tl.maximum(top, tl.max(scores, 1))
-        shift = tl.where(new_top == float("-inf"), 0.0, new_top)
-        total = total * tl.exp2(top - shift) + tl.sum(tl.exp2(scores - shift[:, None]), 1)
-        top = new_top
-    return top, total
+        new_max = tl.maximum(row_max, tl.max(scores, 1))
+        shift = tl.where(new_max == float("-inf"), 0.0, new_max)
+        row_sum = row_sum * tl.exp2(row_max - shift) + tl.sum(tl.exp2(scores - shift[:, None]), 1)
+        row_max = new_max
+    return row_max, row_sum
 
 
 @triton.jit(do_not_specialize=["length", "first_row"])
@@ -70,30 +70,32 @@ def _log_sum_exp(
     row_start = first_row + (tl.num_programs(0) - 1 - tl.program_id(0)) * block_rows
     batch = tl.program_id(1) // heads
     head = tl.program_id(1) % heads
-    wide = batch.to(tl.int64)
-    q += wide * q_batch + head * q_head
-    k += wide * k_batch + head // groups * k_head
-    lse += (wide * heads + head) * (length - first_row)
+    # 64 bits, so that offsets into large tensors do not overflow.
+    batch_index = batch.to(tl.int64)
+    q += batch_index * q_batch + head * q_head
+    k += batch_index * k_batch + head // groups * k_head
+    lse += (batch_index * heads + head) * (length - first_row)
     rows = row_start + tl.arange(0, block_rows)
     dims = tl.arange(0, block_dim)
     padded: tl.constexpr = padding is not None
     if padded:
-        padding += wide * length
+        padding += batch_index * length
     q_tile = load_rows(q, q_row, rows, length, dims, head_dim, block_dim)
-    top = tl.full([block_rows], float("-inf"), tl.float32)
-    total = tl.zeros([block_rows], tl.float32)
+    row_max = tl.full([block_rows], float("-inf"), tl.float32)
+    row_sum = tl.zeros([block_rows], tl.float32)
+    # Tiles below the diagonal need no causal mask.
     diagonal = row_start // block_keys * block_keys
-    top, total = _add_exponentials(
-        q_tile, top, total, k, k_row, padding, rows, 0, diagonal, length, dims, factor, False, padded,
+    row_max, row_sum = _add_exponentials(
+        q_tile, row_max, row_sum, k, k_row, padding, rows, 0, diagonal, length, dims, factor, False, padded,
         head_dim, block_dim, block_keys, precision,
     )  # fmt: skip
-    top, total = _add_exponentials(
-        q_tile, top, total, k, k_row, padding, rows, diagonal, tl.minimum(row_start + block_rows, length), length,
+    row_max, row_sum = _add_exponentials(
+        q_tile, row_max, row_sum, k, k_row, padding, rows, diagonal, tl.minimum(row_start + block_rows, length), length,
         dims, factor, True, padded, head_dim, block_dim, block_keys, precision,
     )  # fmt: skip
-    sees_none = total == 0.0
-    total = tl.where(sees_none, 1.0, total)
-    tl.store(lse + rows - first_row, tl.where(sees_none, float("inf"), top + tl.log2(total)), mask=rows < length)
+    sees_none = row_sum == 0.0
+    row_sum = tl.where(sees_none, 1.0, row_sum)
+    tl.store(lse + rows - first_row, tl.where(sees_none, float("inf"), row_max + tl.log2(row_sum)), mask=rows < length)
 
 
 @triton.jit(do_not_specialize=["length", "first_row", "t2i_batch", "t2i_row"])
@@ -141,7 +143,7 @@ def _mean(
             q_tile = load_rows(q + head * q_head, q_row, rows, length, dims, head_dim, block_dim)
             k_tile = load_rows(k + head // groups * k_head, k_row, keys, length, dims, head_dim, block_dim)
             if weights:
-                # a pair that is not visible may overflow; it is set to zero below
+                # A pair that is not visible may overflow; it is set to zero below.
                 scores = tl.dot(q_tile, tl.trans(k_tile), input_precision=precision)
                 lse_rows = tl.load(lse + head * num_rows + rows - first_row, mask=rows < length, other=float("inf"))
                 mean += tl.exp2(scores * factor - lse_rows[:, None])
@@ -154,7 +156,7 @@ def _mean(
         is_image_key = (rows[:, None] < length) & (index_of_key[None, :] >= 0)
         tl.store(to_t2i, tl.where(is_text_row[:, None], mean, 0.0), mask=is_image_key)
     if neighbours:
-        # zeros on and above the diagonal; columns reach up to the row stride of t2t
+        # Zeros on and above the diagonal; columns reach up to the row stride of t2t.
         column = keys - first_row
         mean = tl.where(keys[None, :] < rows[:, None], mean, 0.0)
         to_t2t = t2t + (batch * num_rows + rows[:, None] - first_row) * t2t_row + column[None, :]
@@ -200,7 +202,7 @@ def mean_attention(
             query, key, lse, padding, *strides, heads, groups, length, first_row, scale * LOG2_E,
             **launch_options(query, tiles),
         )  # fmt: skip
-    # rows begin at multiples of 64 bytes, so that loads in the product of eq. 10 stay wide
+    # Rows begin at multiples of 64 bytes, so that loads in the product of eq. 10 stay wide.
     stride = divide_up(rows, 16) * 16
     t2t = query.new_empty(batch, rows, stride, dtype=torch.float32) if neighbours else None
     tiles = MEAN_TILES[query.element_size()]

@@ -1,7 +1,7 @@
 """Threshold of focus scores in each row, without a sort, in Triton.
 
-One program a row.  The score at a rank is found by bisection of the integers that order like the scores, so decisions
-are those of a sort, ties included.  32 counts of a row in registers are all the work.
+One program a row. The score at a rank is found by bisection of the integers that order like the scores, so decisions
+are those of a sort, ties included. 32 counts of a row in registers are all the work.
 """
 
 from functools import lru_cache
@@ -57,11 +57,11 @@ def _drop_below(
         score = tl.load(
             focus + (batch * (length - first_row) + tl.program_id(0)) * columns + slot, mask=seen, other=0.0
         )
-        score = tl.where(score == 0.0, 0.0, score)  # one zero only
+        score = tl.where(score == 0.0, 0.0, score)  # One zero only
         order = tl.where(seen, _order_bits(score.to(tl.int32, bitcast=True)), 0x7FFFFFFF)
         count = tl.sum(seen.to(tl.int32), 0)
         rank = tl.load(ranks + count)
-        # the smallest integer with more than `rank` scores up to it
+        # The smallest integer with more than `rank` scores up to it.
         low = tl.full([], -0x80000000, tl.int32)
         high = tl.full([], 0x7FFFFFFF, tl.int32)
         for _ in range(32):
@@ -72,7 +72,7 @@ def _drop_below(
         threshold = _order_bits(high).to(tl.float32, bitcast=True)
         drop = seen & (score < threshold)
         if quantile == "linear":
-            # the score at the next rank, if there is one
+            # The score at the next rank, if there is one.
             up_to = tl.sum((order <= high).to(tl.int32), 0)
             above = tl.min(tl.where(order > high, order, 0x7FFFFFFF), 0)
             above = _order_bits(tl.where((up_to > rank + 1) | (rank + 1 >= count), high, above))
@@ -80,7 +80,7 @@ def _drop_below(
             between = threshold + tl.load(fractions + count) * (above - threshold)
             drop = seen & (score < tl.where(above == threshold, threshold, between))
         if quantile == "count":
-            # rank + 1 pairs in all: those below, and the first of the equal ones
+            # rank + 1 pairs in all: those below, and the first of the equal ones.
             equal = seen & (order == high)
             left = rank + 1 - tl.sum((order < high).to(tl.int32), 0)
             drop = drop | (equal & (tl.cumsum(equal.to(tl.int32), 0) <= left))
@@ -129,14 +129,14 @@ def drop_below_quantile(
     """
     batch, rows, num_columns = focus.shape
     length = mask.shape[1]
-    # a power of two, so that few tables are made
+    # A power of two, so that few tables are made.
     block = next_power_of_two(max(num_columns, 32))
-    # by the number of image tokens in sight, so that the kernel needs no float64
+    # By the number of image tokens in sight, so that the kernel needs no float64.
     ranks, fractions = _rank_table(gamma, quantile, block, focus.device)
     _drop_below[(rows, batch)](
         focus.contiguous(), columns.contiguous(), valid.contiguous(), image_index, padding, ranks, fractions, mask,
         mask.stride(1), length, length - rows, num_columns,
         quantile=quantile, block=block, num_warps=WARPS or (1 if block <= 512 else 2),
-        # a fused multiplication and addition would interpolate with another rounding than PyTorch
+        # A fused multiplication and addition would interpolate with another rounding than PyTorch.
         enable_fp_fusion=False,
     )  # fmt: skip

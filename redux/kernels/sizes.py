@@ -1,6 +1,6 @@
 """Sizes of grids and blocks, computed on the host before each launch.
 
-triton.cdiv and triton.next_power_of_2 do the same for host and device, at about 2 µs a call on the host.  A layer makes
+triton.cdiv and triton.next_power_of_2 do the same for host and device, at about 2 µs a call on the host. A layer makes
 up to ten of these calls, so they took a tenth of its host time.
 """
 

@@ -7,7 +7,7 @@
 
 `redux_instructions` are the paper's sixteen, `redux_instructions_held_out` the constraints that nothing teaches,
 `redux_instruction_pairs` prompts with two of the sixteen each.
-lmms-eval finds the model by an entry point and the tasks by their path.  It installs about two hundred packages, with
+lmms-eval finds the model by an entry point and the tasks by their path. It installs about two hundred packages, with
 an older W&B than that of the extra `wandb`, so it needs a separate environment.
 """
 

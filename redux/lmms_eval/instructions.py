@@ -1,7 +1,7 @@
 """The sixteen instructions, pairs of them and the held-out constraints as tasks of lmms-eval, with a local file.
 
-`redux.benchmarks.instructions` writes the file of frozen prompts.  lmms-eval has no argument for the location of data.
-So a task reads `instructions.jsonl`, and images from the folder `images`, in the working directory.  A task file of
+`redux.benchmarks.instructions` writes the file of frozen prompts. lmms-eval has no argument for the location of data.
+So a task reads `instructions.jsonl`, and images from the folder `images`, in the working directory. A task file of
 three lines that includes one of these tasks changes both:
 
     include: …/redux/lmms_eval/tasks/no_comma.yaml
@@ -34,7 +34,7 @@ class Instructions(ConfigurableTask):
     """A task with the questions of one instruction, whose id is `dataset_name`, or with those of all pairs."""
 
     def __init__(self, config: Mapping[str, Any]) -> None:
-        # lmms-eval passes the key `class`, which its TaskConfig does not know
+        # lmms-eval passes the key `class`, which its TaskConfig does not know.
         super().__init__(config={name: value for name, value in config.items() if name != "class"})
 
     def download(self, dataset_kwargs: Mapping[str, Any] | None = None) -> None:
@@ -83,7 +83,7 @@ def process_results(doc: Mapping[str, Any], results: Sequence[str]) -> dict[str,
     strict = [follows_strictly(id, kwargs, results[0]) for id, kwargs in instructions]
     loose = [follows_loosely(id, kwargs, results[0]) for id, kwargs in instructions]
     scores = {"strict": fmean(strict), "loose": fmean(loose)}
-    # lmms-eval takes no score that the file of the task does not list
+    # lmms-eval takes no score that the file of the task does not list.
     if len(instructions) > 1:
         scores |= {"prompt_strict": float(all(strict)), "prompt_loose": float(all(loose))}
     return scores

@@ -1,9 +1,9 @@
 """A model of lmms-eval for every image-text-to-text model, which is asked through `redux.answering`.
 
-lmms-eval has adapters for many models.  This one is for LLaVAs with fewer image tokens, for which transformers'
-processor would write too many, and for models to compare with them.  All answer in batches, greedily.
+lmms-eval has adapters for many models. This one is for LLaVAs with fewer image tokens, for which transformers'
+processor would write too many, and for models to compare with them. All answer in batches, greedily.
 
-Cost: requests are sorted by length, so that batches have little padding.  Images are read when their batch is next.
+Cost: requests are sorted by length, so that batches have little padding. Images are read when their batch is next.
 """
 
 import io
@@ -101,9 +101,9 @@ class Redux(lmms):
     def _batches(self, requests: Sequence[Instance]) -> Iterator[tuple[int, list[int]]]:
         """Yield (limit of new tokens, positions of requests) of each batch, the longest prompts first."""
         keys = [(_max_new_tokens(request.args[1]), self.answerer.count_tokens(request.args[0])) for request in requests]
-        # the longest first, so that a lack of memory shows at once
+        # The longest first, so that a lack of memory shows at once.
         order = sorted(range(len(requests)), key=keys.__getitem__, reverse=True)
-        # a batch has one limit, so requests are grouped by it
+        # A batch has one limit, so requests are grouped by it.
         for limit, group in groupby(order, key=lambda position: keys[position][0]):
             positions = list(group)
             for start in range(0, len(positions), self.batch_size):
@@ -118,7 +118,7 @@ class Redux(lmms):
             kinds = ", ".join(type(visual).__name__ for visual in visuals)
             raise ValueError(f"{task}: document {doc_id}: got {kinds}, allowed: one image or none")
         file = io.BytesIO()
-        # PPM is lossless, and takes no time to compress
+        # PPM is lossless, and takes no time to compress.
         visuals[0].convert("RGB").save(file, "PPM")
         return file.getvalue()
 

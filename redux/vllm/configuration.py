@@ -1,4 +1,4 @@
-"""The configuration of a served model.  Does not import vLLM."""
+"""The configuration of a served model. Does not import vLLM."""
 
 from transformers import LlamaConfig, PreTrainedConfig
 
@@ -23,7 +23,7 @@ def check_config(config: PreTrainedConfig) -> ReduxConfig:
 
 def build_image_encoder(config: ReduxConfig) -> ReduxModel:
     """Build the tower and the projector with random weights, without the language model."""
-    # transformers builds all three parts; a language model without layers costs nothing and is dropped
+    # transformers builds all three parts; a language model without layers costs nothing and is dropped.
     width = config.text_config.hidden_size
     language = LlamaConfig(vocab_size=1, hidden_size=width, num_hidden_layers=0, num_attention_heads=1)
     encoder = ReduxModel(ReduxConfig(**{**config.to_dict(), "text_config": language.to_dict()}))

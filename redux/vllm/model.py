@@ -1,7 +1,7 @@
 """A LLaVA with VMTC in vLLM: its tower and projector are those of `redux.model`, its language model is vLLM's.
 
 VMTC leaves each image the same number of tokens, so that vLLM knows the length of a prompt before it runs the tower.
-Every rank of tensor parallelism has the whole tower, which needs all heads for the importance scores.  Images are
+Every rank of tensor parallelism has the whole tower, which needs all heads for the importance scores. Images are
 prepared as in training, from the bytes of their file: vLLM would rotate them by EXIF and put transparency on white.
 """
 
@@ -91,7 +91,7 @@ class ReduxDummyInputs(BaseDummyInputsBuilder):
 
 
 class ReduxMultiModalProcessor(BaseMultiModalProcessor):
-    """Prepares the images of a request and makes room for their tokens in its prompt."""
+    """Processor that prepares the images of a request and makes room for their tokens in its prompt."""
 
     def _call_hf_processor(self, hf_data: Mapping[str, Any], hf_kwargs: Mapping[str, Any]) -> BatchFeature:
         size, aspect_ratio = self.info.config.vision_config.image_size, self.info.image_aspect_ratio
@@ -120,7 +120,7 @@ class ServedRedux(nn.Module, SupportsMultiModal, SupportsPP):
     """The model in vLLM, see `redux.model.ReduxForConditionalGeneration`."""
 
     hf_to_vllm_mapper = WeightsMapper(
-        # towers of CLIP have this part in their names in some checkpoints
+        # Towers of CLIP have this part in their names in some checkpoints.
         orig_to_new_substr={"vision_tower.vision_model.": "vision_tower."},
         orig_to_new_prefix={
             "lm_head.": "language_model.lm_head.",

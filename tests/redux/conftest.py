@@ -56,7 +56,7 @@ def tiny(tokenizer: PreTrainedTokenizerFast, tower: TowerSizes) -> Callable[...,
         model = build_model(settings, tokenizer).eval()
         with torch.no_grad():
             for weight in model.parameters():
-                if weight.dim() > 1:  # attention of weights as initialised is all but uniform
+                if weight.dim() > 1:  # Attention of weights as initialised is all but uniform
                     weight.mul_(0.16 / weight.std())
         return model
 

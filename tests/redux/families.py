@@ -173,4 +173,4 @@ def state(model: PreTrainedModel) -> list[Any]:
     ]
 
 
-LENGTH = {"max_new_tokens": 6, "min_new_tokens": 6, "suppress_tokens": [IMAGE, VIDEO]}  # words alone
+LENGTH = {"max_new_tokens": 6, "min_new_tokens": 6, "suppress_tokens": [IMAGE, VIDEO]}  # Words alone

@@ -217,7 +217,7 @@ class Original:
     def __init__(self, load: Callable[[str], ModuleType]) -> None:
         self.util, self._utils = load("instructions_util"), load("utils")
         self._registry = load("instructions_registry").INSTRUCTION_DICT
-        # its registry has this one commented out
+        # Its registry has this one commented out.
         self._registry["multi-turn:constrained_start"] = load("instructions").ConstrainedStartChecker
 
     def instruction(self, id: str) -> Any:

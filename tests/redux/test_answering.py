@@ -199,14 +199,14 @@ def folders(
                 model, processor = FOREIGN[family]()
             else:
                 model, processor = (tiny() if family == "redux" else tiny(None, None)), tokenizer
-            if family == "llava":  # the very class of transformers, and its configuration
+            if family == "llava":  # The very class of transformers, and its configuration
                 plain = LlavaForConditionalGeneration(model.config)
                 plain.load_state_dict(model.state_dict())
                 model = plain
             if family in FOREIGN:
                 with torch.no_grad():
                     for name, weight in model.named_parameters():
-                        # what T5's decoder is told by its encoder would else drown in its own words
+                        # What T5's decoder is told by its encoder would else drown in its own words.
                         spread = 1.6 if "EncDecAttention" in name else 0.2
                         weight.normal_(std=spread) if weight.dim() > 1 else weight.add_(0.01 * torch.randn_like(weight))
             model.save_pretrained(folder)
@@ -225,7 +225,7 @@ def asked(folders: Callable[[str], Path]) -> Callable[..., Answerer]:
 def alone(answerer: Answerer, images: Sequence[bytes | None], length: int) -> list[tuple[str, int]]:
     """(text, tokens) of each prompt, asked for itself."""
     said = [answerer([prompt], [image], length) for prompt, image in zip(PROMPTS, images, strict=True)]
-    return [(one.texts[0], one.tokens[0]) for one in said]
+    return [(answers.texts[0], answers.tokens[0]) for answers in said]
 
 
 def pairs(answers: Answers) -> list[tuple[str, int]]:

@@ -19,7 +19,7 @@ from redux.benchmarks.instructions import (
     build_questions,
     compute_metrics,
     contains_answer,
-    judge_row,
+    pair_arguments,
     read_questions,
     score_lines,
     select_tasks,
@@ -27,7 +27,7 @@ from redux.benchmarks.instructions import (
     write_questions,
 )
 from redux.held_out_instructions import HELD_OUT_INSTRUCTIONS
-from redux.instructions import INSTRUCTION_PAIRS, INSTRUCTIONS, render_instruction
+from redux.instructions import INSTRUCTION_PAIRS, INSTRUCTIONS, follows_loosely, follows_strictly, render_instruction
 
 ASKED = [
     ImageQuestion(
@@ -101,6 +101,18 @@ def test_what_cannot_be_drawn_is_named(asked: list[ImageQuestion], per_task: int
 
 
 # --- scores ----------------------------------------------------------------------------------------------------------
+
+
+def judge_row(row: dict[str, Any]) -> dict[str, bool]:
+    """Score one row: "strict" and "loose" if all its instructions are followed, and "right" if an answer is known."""
+    checks = {"strict": follows_strictly, "loose": follows_loosely}
+    scores = {
+        name: all(check(id, arguments, row["response"]) for id, arguments in pair_arguments(row))
+        for name, check in checks.items()
+    }
+    if row["answer"] is not None:
+        scores["right"] = contains_answer(row["answer"], row["response"])
+    return scores
 
 
 def test_scores_are_means_of_tasks() -> None:
@@ -201,11 +213,11 @@ def test_scores_do_not_depend_on_the_arm() -> None:
     assert {(arm, row["id"]): judge_row(row) for arm, row in pooled} == apart
     fields = {name for answered in arms.values() for row in answered for name in row}
     assert fields == {"id", "unit", "prompt", "response", *REFERENCE_FIELDS}, "no field names an arm"
-    # other labels on the same answers change no score
+    # Other labels on the same answers change no score.
     relabelled = dict(zip(arms, [*list(arms.values())[1:], arms["llava"]], strict=True))
     scores, others = (
-        sorted(compute_metrics(answered)["strict"].score for answered in of_arms.values())
-        for of_arms in (arms, relabelled)
+        sorted(compute_metrics(answered)["strict"].score for answered in answers_by_arm.values())
+        for answers_by_arm in (arms, relabelled)
     )
     assert scores == others
 
@@ -242,7 +254,7 @@ def test_a_response_can_follow_both_instructions_of_a_pair() -> None:
             response = response.format(**values)
         if "num_bullets" in arguments:
             response = "\n".join(response.split("\n")[: arguments["num_bullets"]])
-        # sentences and words are bounded from one of two sides
+        # Sentences and words are bounded from one of two sides.
         if arguments.get("relation") == "at least":
             filler, count = (
                 ("It is red. ", arguments["num_sentences"])
@@ -252,7 +264,7 @@ def test_a_response_can_follow_both_instructions_of_a_pair() -> None:
             response = filler * count + response
         if arguments.get("relation") == "less than":
             if arguments.get("num_sentences") == 1:
-                continue  # no response has fewer
+                continue  # No response has fewer
             response = response.replace(". ", " ").rstrip(".")
         assert judge_row({**question.reference, "response": response})["strict"], (question.prompt, response)
 
@@ -274,9 +286,9 @@ def test_the_levels_differ_for_prompts_with_two_instructions() -> None:
     answered = rows(build_pair_questions(ASKED, per_task=12), "it is red", "IT IS RED", '{"a": "red"}', "*a* **b**, c")
     found = compute_metrics(answered)
     for kind in ("strict", "loose"):
-        of_rows = [next(score_lines(json.dumps(row), "a"))[kind] for row in answered]
-        assert found[kind].score == pytest.approx(fmean(map(fmean, of_rows)))
-        assert found[f"prompt_{kind}"].score == pytest.approx(fmean(map(all, of_rows)))
+        row_scores = [next(score_lines(json.dumps(row), "a"))[kind] for row in answered]
+        assert found[kind].score == pytest.approx(fmean(map(fmean, row_scores)))
+        assert found[f"prompt_{kind}"].score == pytest.approx(fmean(map(all, row_scores)))
         assert 0 < found[f"prompt_{kind}"].score < found[kind].score < 1
     assert found["prompt_strict"].score == pytest.approx(fmean(judge_row(row)["strict"] for row in answered))
     known = [row for row in answered if row["answer"] is not None]
@@ -300,7 +312,7 @@ def test_pairs_are_frozen_and_checked(tmp_path: Path) -> None:
         write_questions([replace(made[0], reference={**made[0].reference, **change})], path)
         with pytest.raises(ValueError, match=re.escape(message)):
             read_questions(path)
-    # the prompt fits its reference, but there is no such pair
+    # The prompt fits its reference, but there is no such pair.
     twice = render_instruction("punctuation:no_comma", {})
     reference = {**made[0].reference, "instruction_id_list": ["punctuation:no_comma"] * 2}
     other = replace(made[0], prompt=f"{reference['question']} {twice} {twice}", reference=reference)

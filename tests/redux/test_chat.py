@@ -119,10 +119,10 @@ def test_rows_of_a_batch_are_independent(model: ChatModel) -> None:
     together, deltas = answer(model, CONVERSATIONS)
     assert together == [answer(model, [messages])[0][0] for messages in CONVERSATIONS]
     for row, text in enumerate(together):
-        of_row = [delta for delta in deltas if delta.row == row]
-        assert "".join(delta.text for delta in of_row) == text
-        assert [delta.tokens for delta in of_row] == list(range(1, len(of_row) + 1))
-        assert [delta.finish_reason is not None for delta in of_row] == [False] * (len(of_row) - 1) + [True]
+        row_deltas = [delta for delta in deltas if delta.row == row]
+        assert "".join(delta.text for delta in row_deltas) == text
+        assert [delta.tokens for delta in row_deltas] == list(range(1, len(row_deltas) + 1))
+        assert [delta.finish_reason is not None for delta in row_deltas] == [False] * (len(row_deltas) - 1) + [True]
 
 
 def test_greedy_answers_by_static_steps_are_the_same(model: ChatModel, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -180,7 +180,7 @@ def test_draws_follow_the_distribution_within_the_nucleus() -> None:
     sampler = RowSampler([Sampling(temperature=temperature, top_p=top_p, seed=seed) for seed in range(draws)])
     chosen = sampler(torch.zeros(draws, 1), logits.repeat(draws, 1)).argmax(dim=1)
     counts = torch.bincount(chosen, minlength=4) / draws
-    # the nucleus: the likeliest tokens up to the one that crosses top_p
+    # The nucleus: the likeliest tokens up to the one that crosses top_p.
     expected = (logits / temperature).softmax(dim=0)
     expected[3] = 0
     expected /= expected.sum()

@@ -131,7 +131,7 @@ def test_the_tokens_are_those_of_the_chat_template(kind: str) -> None:
     tokenizer = make_tokenizer(ACCEPTED[kind])
     template = derive_template(tokenizer)
     for count in (1, 2, 3, 4):
-        # Qwen3's own template drops earlier blocks
+        # Qwen3's own template drops earlier blocks.
         turns = TURNS[:count] if kind != "like Qwen3's" else TURNS[: min(count, 2)]
         ids, labels = encode_conversation(tokenizer, turns, template, 1)
         asks = len(turns) % 2 == 1

@@ -34,8 +34,8 @@ Tiny = Callable[..., ReduxForConditionalGeneration]
 KEYS = 14
 DEFAULT = CMAI()
 IMAGE = torch.zeros(2, KEYS, dtype=torch.bool)
-IMAGE[0, 3:8] = True  # text before and after one image
-IMAGE[1, [1, 2, 9, 10]] = True  # two images, fewer tokens
+IMAGE[0, 3:8] = True  # Text before and after one image
+IMAGE[1, [1, 2, 9, 10]] = True  # Two images, fewer tokens
 
 
 SCORES, FOCUS = get_args(get_type_hints(CMAI)["scores"]), get_args(get_type_hints(CMAI)["focus"])
@@ -92,13 +92,13 @@ def slow_focus(attention: Tensor, image: Tensor, cmai: CMAI = DEFAULT) -> dict[t
             for h in text:
                 if j > h:
                     count = {
-                        "neighbourhood": float(attention[j, h]),  # eq. 9
+                        "neighbourhood": float(attention[j, h]),  # Eq. 9
                         "tia": 0.0,
                         "sum": 1.0,
                         "discounted": cmai.discount ** (text.index(j) - text.index(h)),
                     }[cmai.focus]
-                    others += count * float(attention[h, k])  # eq. 10
-            result[j, k] = others + float(attention[j, k])  # eq. 11
+                    others += count * float(attention[h, k])  # Eq. 10
+            result[j, k] = others + float(attention[j, k])  # Eq. 11
     return result
 
 
@@ -116,7 +116,7 @@ def slow_keep(focus: dict[tuple[int, int], float], visible: Tensor, image: Tenso
         place = ratio * (len(keys) - 1)
         if kind == "count":
             below = math.floor(ratio * len(keys))
-        else:  # between two ranks everything up to the lower one falls
+        else:  # Between two ranks everything up to the lower one falls
             below = math.floor(place) if kind == "lower" else math.ceil(place)
         for key in keys[:below]:
             keep[row, key] = False
@@ -144,7 +144,7 @@ def test_mean_weights_equal_the_mean_of_every_heads_softmax(
     monkeypatch.setattr("redux.focus.MAX_WEIGHTS_AT_ONCE", at_once)
     query, key = noise(2, 4, rows, 8), noise(2, kv_heads, KEYS, 8, seed=1)
     visible = causal(rows)
-    visible[1, :, :, :4] = False  # padding on the left: with all rows here, the first ones see nothing
+    visible[1, :, :, :4] = False  # Padding on the left: with all rows here, the first ones see nothing
     weights = mean_attention_weights(query, key, visible[:, 0], 0.7)
     torch.testing.assert_close(weights, eager(query, key, visible, 0.7).mean(dim=1))
     assert (weights[~visible[:, 0]] == 0).all()
@@ -181,7 +181,7 @@ def test_equal_scores_are_all_kept() -> None:
 
 def test_ties_with_the_threshold_are_kept() -> None:
     focus = torch.tensor([[[0.1, 0.2, 0.2, 0.2, 0.3]]])
-    kept = select_above_quantile(focus, torch.ones(1, 1, 5, dtype=torch.bool), 0.75)  # rank 3 of 0..4
+    kept = select_above_quantile(focus, torch.ones(1, 1, 5, dtype=torch.bool), 0.75)  # Rank 3 of 0..4
     assert kept.tolist() == [[[False, True, True, True, True]]]
 
 
@@ -274,17 +274,17 @@ def test_each_layer_has_its_own_ratio() -> None:
 def test_keep_piece_by_piece_equals_keep_at_once(pieces: tuple[int, ...], cmai: CMAI) -> None:
     """Wherever the sequence is cut: in the text before an image, within one, between two."""
     query, key = noise(2, 4, KEYS, 8), noise(2, 2, KEYS, 8, seed=1)
-    whole = inhibition(cmai).compute_mask(1, query, key, causal(), 1.0)[:, 0]
+    full_mask = inhibition(cmai).compute_mask(1, query, key, causal(), 1.0)[:, 0]
     cache, start = FocusCache(), 0
     for rows in pieces:
         end = start + rows
         now = Inhibition.for_forward(cmai, 2, IMAGE[:, start:end], cache, training=False)
         visible = causal(rows, end)
         if now is None:
-            assert whole[:, start:end, :end].all()
+            assert full_mask[:, start:end, :end].all()
         else:
             kept = now.compute_mask(1, query[:, :, start:end], key[:, :, :end], visible, 1.0)
-            assert torch.equal((kept & visible)[:, 0], whole[:, start:end, :end] & visible[:, 0])
+            assert torch.equal((kept & visible)[:, 0], full_mask[:, start:end, :end] & visible[:, 0])
         start = end
 
 
@@ -324,17 +324,17 @@ def test_a_mask_of_a_head_equals_the_slow_loop_of_a_layer_with_that_head_alone(c
 @pytest.mark.parametrize("pieces", [(8, 1, 1, 1, 1, 1, 1), (2, 3, 9), (10, 4)], ids=str)
 def test_masks_of_heads_piece_by_piece_equal_those_at_once(pieces: tuple[int, ...], cmai: CMAI) -> None:
     query, key = noise(2, 4, KEYS, 8), noise(2, 2, KEYS, 8, seed=1)
-    whole = inhibition(cmai).compute_mask(1, query, key, causal(), 1.0)
+    full_mask = inhibition(cmai).compute_mask(1, query, key, causal(), 1.0)
     cache, start = FocusCache(), 0
     for rows in pieces:
         end = start + rows
         now = Inhibition.for_forward(cmai, 2, IMAGE[:, start:end], cache, training=False)
         visible = causal(rows, end)
         if now is None:
-            assert whole[:, :, start:end, :end].all()
+            assert full_mask[:, :, start:end, :end].all()
         else:
             kept = now.compute_mask(1, query[:, :, start:end], key[:, :, :end], visible, 1.0)
-            assert torch.equal(kept & visible, whole[:, :, start:end, :end] & visible)
+            assert torch.equal(kept & visible, full_mask[:, :, start:end, :end] & visible)
         start = end
 
 
@@ -360,7 +360,7 @@ def test_wrong_heads_are_named(monkeypatch: pytest.MonkeyPatch, heads: Any) -> N
 
 
 def test_heads_that_a_model_does_not_have_are_refused(tiny: Tiny) -> None:
-    model = tiny(cmai=CMAI(heads=(11,)))  # three layers of four heads
+    model = tiny(cmai=CMAI(heads=(11,)))  # Three layers of four heads
     with pytest.raises(ValueError, match="heads: got 12, allowed: 0 to 11, the heads of all layers"):
         inhibit(model, CMAI(heads=(0, 12)))
 
@@ -459,7 +459,7 @@ def test_a_single_layer_is_the_first_of_a_rising_schedule() -> None:
     ids=str,
 )
 def test_a_wrong_setting_is_named(monkeypatch: pytest.MonkeyPatch, wrong: dict[str, Any]) -> None:
-    monkeypatch.setattr(jaxtyping.config, "jaxtyping_disable", True)  # it would name some of these first
+    monkeypatch.setattr(jaxtyping.config, "jaxtyping_disable", True)  # It would name some of these first
     ((field, value),) = wrong.items()
     with pytest.raises(ValueError, match=re.escape(f"{field}: got {value!r}, allowed: ")):
         CMAI(**wrong)
@@ -529,7 +529,7 @@ def test_a_causal_layer_that_inhibits_nothing_has_nobuild_causal_mask(monkeypatc
     )
     module: Any = torch.nn.Module()
     query = noise(2, 4, KEYS, 8)
-    none = inhibition(CMAI(gamma_max=0.6))  # layer 0 has ratio 0
+    none = inhibition(CMAI(gamma_max=0.6))  # Layer 0 has ratio 0
     for layer, now in ((0, none), (0, None), (1, None), (1, none)):
         module.layer_idx = layer
         inhibited_attention(module, query, query, query, None, now)

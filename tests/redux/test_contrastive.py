@@ -30,9 +30,9 @@ def pairs(tokenizer: PreTrainedTokenizerFast) -> dict[str, Tensor]:
 
 
 def test_the_loss_is_clips_own_where_all_captions_differ(clip: CLIPModel, pairs: dict[str, Tensor]) -> None:
-    own = clip(**pairs, return_loss=True).loss
+    clip_loss = clip(**pairs, return_loss=True).loss
     loss = ContrastiveClip(copy.deepcopy(clip))(**pairs)
-    torch.testing.assert_close(loss, own)
+    torch.testing.assert_close(loss, clip_loss)
     assert loss.item() != pytest.approx(math.log(4), abs=1e-4), "blind to the pairs"
 
 
@@ -61,9 +61,9 @@ def test_equal_captions_are_no_negatives() -> None:
     """Images 0, 1, 2 share a caption, 3 has its own: logits that say so reach the least loss there can be."""
     captions = torch.tensor([[7, 8], [7, 8], [7, 8], [7, 9]])
     same = (captions.unsqueeze(0) == captions.unsqueeze(1)).all(dim=-1).float()
-    least = 3 / 4 * math.log(3)  # entropy of the targets: three pairs share theirs among three
+    least = 3 / 4 * math.log(3)  # Entropy of the targets: three pairs share theirs among three
     assert float(contrastive_loss(100 * same, captions)) == pytest.approx(least, abs=1e-5)
-    # to tell equal captions apart costs, and so does to take the different one for equal
+    # To tell equal captions apart costs, and so does to take the different one for equal.
     assert float(contrastive_loss(100 * torch.eye(4), captions)) > least + 1
     assert float(contrastive_loss(torch.zeros(4, 4), captions)) == pytest.approx(math.log(4), abs=1e-5)
 

@@ -40,7 +40,7 @@ def test_labels_are_the_assistants_words_and_the_end(tokenizer: PreTrainedTokeni
     assert labels[labels != IGNORE_INDEX].tolist() == ids_of(tokenizer, "yes, it is.</s> blue</s>")
     assert tokenizer.decode(labels[labels != IGNORE_INDEX]) == "yes, it is. </s> blue </s>"
     assert np.array_equal(ids[labels != IGNORE_INDEX], labels[labels != IGNORE_INDEX])
-    # one stretch an answer, right behind "ASSISTANT:"
+    # One stretch an answer, right behind "ASSISTANT:".
     starts = np.flatnonzero((labels[1:] != IGNORE_INDEX) & (labels[:-1] == IGNORE_INDEX))
     assert tokenizer.convert_ids_to_tokens(ids[starts]) == ["ASSISTANT:", "ASSISTANT:"]
 
@@ -216,7 +216,7 @@ def test_a_word_tokenizer_is_the_same_again_in_whatever_order_its_texts_come() -
     vocabularies = [train_word_tokenizer(texts, 64).get_vocab() for texts in (TEXTS, TEXTS, TEXTS[::-1])]
     assert vocabularies[0] == vocabularies[1] == vocabularies[2]
     ordered = sorted(vocabularies[0], key=vocabularies[0].__getitem__)
-    # special tokens; then by count, and by alphabet where counts are equal
+    # Special tokens; then by count, and by alphabet where counts are equal.
     assert ordered[:5] == ["<unk>", "<s>", "<pad>", "</s>", "<image>"]
     assert ordered[5:8] == ["a", "c", "b"]
 

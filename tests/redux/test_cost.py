@@ -33,7 +33,7 @@ TOWER = {
     "num_hidden_layers": 5,
     "num_attention_heads": 3,
     "intermediate_size": 40,
-    "image_size": 33,  # a column and a row of pixels are left over
+    "image_size": 33,  # A column and a row of pixels are left over
     "patch_size": 4,
 }
 LANGUAGE = {
@@ -115,7 +115,7 @@ class Measured:
                 patch.setattr(owner, name, self.counted(part, getattr(owner, name)))
             cache = self.model(**inputs, past_key_values=cache, use_cache=True).past_key_values
         spent = self.spent
-        held = [tensor for layer in cache.layers for tensor in (layer.keys, layer.values)]
+        tensors = [tensor for layer in cache.layers for tensor in (layer.keys, layer.values)]
         rows = list(cache.t2i.values()) if isinstance(cache, FocusCache) else []
         return Cost(
             tower=spent["encoding"] - spent["compression"],
@@ -123,7 +123,7 @@ class Measured:
             projector=spent["images"] - spent["encoding"],
             language=self.counter.get_total_flops() - spent["images"] - spent["inhibition"],
             inhibition=spent["inhibition"],
-            kv_bytes=sum(tensor.nbytes for tensor in held),
+            kv_bytes=sum(tensor.nbytes for tensor in tensors),
             focus_bytes=sum(tensor.nbytes for tensor in rows),
         ), cache
 
@@ -281,10 +281,10 @@ def llava(layers: int, hidden: int, heads: int, mlp: int, **modules: Any) -> Red
 )
 def test_llava_whole_by_published_numbers(layers: int, hidden: int, heads: int, mlp: int, parameters: int) -> None:
     spent = compute_cost(llava(layers, hidden, heads, mlp), text=64)
-    # each matrix takes two FLOPs a parameter and token; embeddings and norms are not matrices, the head sees one token
+    # Each matrix takes two FLOPs a parameter and token; embeddings and norms are not matrices, the head sees one token.
     matrices = parameters - 2 * 32000 * hidden - (2 * layers + 1) * hidden
     assert spent.language == 2 * 640 * matrices + layers * 4 * 640**2 * hidden + 2 * 32000 * hidden
-    # 576 patches and a class token, 12 dim^2 parameters in a block, 23 blocks of 24
+    # 576 patches and a class token, 12 dim^2 parameters in a block, 23 blocks of 24.
     assert spent.tower == 2 * 576 * 588 * 1024 + 23 * (2 * 577 * 12 * 1024**2 + 4 * 577**2 * 1024)
     assert spent.projector == 2 * 576 * (1024 * hidden + hidden**2)
     assert spent.kv_bytes == 640 * {32: 512, 40: 800}[layers] * 1024
@@ -293,16 +293,16 @@ def test_llava_whole_by_published_numbers(layers: int, hidden: int, heads: int, 
 
 def test_llava_with_the_method_by_hand() -> None:
     spent = compute_cost(llava(32, 4096, 32, 11008, vmtc=VMTC(tokens=64), cmai=CMAI()), text=64)
-    stages = ((577, 231, 46), (278, 111, 22), (134, 53, 11))  # tokens given, k, c, at blocks 5, 11 and 17 from 0
-    block = 12 * 1024**2  # parameters of its matrices, a third of them in front of the compression
+    stages = ((577, 231, 46), (278, 111, 22), (134, 53, 11))  # Tokens given, k, c, at blocks 5, 11 and 17 from 0
+    block = 12 * 1024**2  # Parameters of its matrices, a third of them in front of the compression
     assert spent.tower == (
         2 * 576 * 588 * 1024
         + 5 * sum(2 * block * n + 4 * n**2 * 1024 for n in (577, 278, 134, 65))
         + sum(2 * block * n // 3 + 4 * n**2 * 1024 + 4 * block * (1 + k + c) // 3 for n, k, c in stages)
     )
-    # 11 products to assign, 10 to move the centroids, 1 to merge
+    # 11 products to assign, 10 to move the centroids, 1 to merge.
     assert spent.compression == sum(2 * n * 1024 + 22 * 2 * (n - 1 - k) * c * 1024 for n, k, c in stages)
-    # 64 image and 64 text tokens, gamma 0 in the first of 32 layers
+    # 64 image and 64 text tokens, gamma 0 in the first of 32 layers.
     assert spent.inhibition == 31 * (2 * 64 * 128 * 4096 + 2 * 64**3)
     assert spent.focus_bytes == 31 * 64 * 64 * 4
 
@@ -311,6 +311,6 @@ def test_llava_with_the_method_by_hand() -> None:
 @pytest.mark.parametrize("heads", ["each", (6, 7, 20), (2,)], ids=str)
 def test_masks_of_single_heads(heads: Any, focus: Any) -> None:
     first, after = check(configuration(cmai=CMAI(heads=heads, focus=focus)))
-    is_inhibited = heads != (2,)  # gamma is 0 in the layer of head 2
+    is_inhibited = heads != (2,)  # Gamma is 0 in the layer of head 2
     assert (first.inhibition > 0) == (after.inhibition > 0) == is_inhibited
     assert (first.focus_bytes > 0) == (is_inhibited and focus != "tia")

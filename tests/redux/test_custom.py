@@ -42,7 +42,7 @@ def score(metric: str, response: str | None, *answers: str, options: dict[str, s
     return score_response(row | ({"options": options} if options else {}))
 
 
-# Reading
+# Reading.
 
 
 def test_lines_a_list_windows_line_ends_and_a_byte_order_mark_read_equally(write: Write) -> None:
@@ -177,7 +177,7 @@ def test_a_missing_file_and_another_encoding_are_refused(tmp_path: Path) -> None
 def test_an_id_that_comes_twice_is_named_with_both_lines(write: Write) -> None:
     with pytest.raises(ValueError, match=r"line 3: got id 'x', which line 1 has, allowed: each once$"):
         read_questions(write({**RED, "id": "x"}, RED, {**RED, "id": "x"}), "exact")
-    # the second entry has no id, so its id is 2
+    # The second entry has no id, so its id is 2.
     with pytest.raises(ValueError, match=r"got id '2', which line 1 has.*an entry without id has its number"):
         read_questions(write({**RED, "id": 2}, RED), "exact")
 
@@ -214,7 +214,7 @@ def test_answers_of_another_system_are_read_by_id(write: Write, tmp_path: Path) 
         read_answers(path, questions)
 
 
-# Metrics
+# Metrics.
 
 
 def test_accuracy_counts_a_type_only_if_there_are_several() -> None:
@@ -321,7 +321,7 @@ def test_anls_equals_its_definition() -> None:
         assert score("anls", f" {response.upper()} ", *answers) == pytest.approx(expected)
         values.add(round(expected, 3))
     assert len(values) > 8
-    # values from the definition, by hand
+    # Values from the definition, by hand.
     assert score("anls", "0.50 mg", "0.5 mg") == pytest.approx(1 - 1 / 7)
     assert score("anls", "ab", "ac") == 0.0, "NL = 0.5 is not below the threshold"
     assert score("anls", "A  B", "a b") == 1.0

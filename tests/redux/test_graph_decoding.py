@@ -60,7 +60,7 @@ def compare(model: Any, inputs: dict[str, Tensor], eos: list[int], new: int = NE
     )[:, inputs["input_ids"].shape[1] :]  # fmt: skip
     assert not find_obstacle(model, inputs)
     tokens = decode_prompt(model, PrefilledPrompt.run(model, inputs), eos, PAD, new)
-    # the steps look for the end now and then, so padding may follow
+    # The steps look for the end now and then, so padding may follow.
     assert torch.equal(tokens[:, : expected.shape[1]], expected)
     assert (tokens[:, expected.shape[1] :] == PAD).all()
     assert tokens.shape[1] <= new
@@ -111,7 +111,7 @@ def test_kept_steps_serve_further_prompts_at_the_same_addresses(tiny: Tiny, samp
         prompt = PrefilledPrompt.run(model, inputs)
         assert steps.fits(None, 200, prompt.image_room)
         steps.load(prompt, model.config.text_config)
-        for _ in range(2):  # as before a capture
+        for _ in range(2):  # As before a capture
             steps.step(model)
         steps.load(prompt, model.config.text_config)
         tokens = steps.run(prompt, NEW, lambda: steps.step(model))

@@ -51,7 +51,7 @@ def test_observers_see_the_operations_of_the_tower(tiny: Tiny) -> None:
     hook = block.mlp.register_forward_hook(lambda *_: None)
     assert find_tower_obstacle(tower, pixels) == "modules have hooks"
     hook.remove()
-    block.mlp.forward = block.mlp.forward  # as accelerate replaces it
+    block.mlp.forward = block.mlp.forward  # As accelerate replaces it
     assert find_tower_obstacle(tower, pixels) == "modules have hooks"
     del block.mlp.forward
     with FlopCounterMode(display=False):
@@ -88,14 +88,14 @@ def test_a_graph_of_the_tower_gives_its_results(
     with torch.inference_mode():
         for seed, count in enumerate([2, 3, 2, 3, 2, 3]):
             check(count, seed)
-    # the same graphs serve training with a frozen tower, and later results leave earlier ones alone
+    # The same graphs serve training with a frozen tower, and later results leave earlier ones alone.
     tower.requires_grad_(False)
     first, pixels = encode(draw_pixels(model, 2)), draw_pixels(model, 2)
     second = encode(draw_pixels(model, 2, seed=1))
     assert torch.equal(first[0], encode(pixels, graph=False)[0])
     assert not torch.equal(first[0], second[0])
     model.model.multi_modal_projector(first[0]).sum().backward()
-    # changed weights, in place and replaced
+    # Changed weights, in place and replaced.
     with torch.no_grad():
         tower.encoder.layers[0].mlp.fc1.weight.mul_(1.5)
     check(2, 7)
@@ -104,8 +104,8 @@ def test_a_graph_of_the_tower_gives_its_results(
     )
     for seed in range(3):
         check(2, seed)
-    graphs = graph_encoding._kept[tower].graphs
-    # random patches come from the host, which a graph cannot read
+    graphs = graph_encoding._graphs_by_tower[tower].graphs
+    # Random patches come from the host, which a graph cannot read.
     assert (name == "random") == ("without a CUDA graph" in caplog.text) == (not graphs)
     for count in range(1, MAX_SHAPES + 3):
         for seed in range(3):

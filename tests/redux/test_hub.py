@@ -113,7 +113,7 @@ def test_a_hub_id_is_looked_up_once(hub: HubServer, tmp_path: Path) -> None:
         check_source("mien", "MODEL")
     with pytest.raises(ValueError, match=r"^model: got org/gone, .* no folder org/gone, and http:.* has no public"):
         next(local_copy("org/gone", label="model").gen)
-    # a copy in the cache needs no hub
+    # A copy in the cache needs no hub.
     (tmp_path / "cache/models--org--cached/snapshots").mkdir(parents=True)
     check_source("org/cached", "MODEL")
     asked = [path.removeprefix("/api/models/") for path in hub.requests]

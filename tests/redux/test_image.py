@@ -53,7 +53,7 @@ def shape(seed: int) -> tuple[int, int, int]:
 def llava(image: bytes, size: int, image_aspect_ratio: ImageAspectRatio) -> np.ndarray:
     """LLaVA's dataset, its expand2square, and its processor but for the floats."""
     picture = Image.open(io.BytesIO(image)).convert("RGB")
-    picture.info.pop("transparency", None)  # where it is left, transformers 5 makes white of it; LLaVA's 4.37 did not
+    picture.info.pop("transparency", None)  # Where it is left, transformers 5 makes white of it; LLaVA's 4.37 did not
     if image_aspect_ratio == "pad":
         width, height = picture.size
         if width > height:
@@ -135,7 +135,7 @@ def of_mode(mode: str) -> bytes:
             return file(picture.quantize(30), "gif", save_all=True, append_images=[photo(50, 30, 1).quantize(30)])
         case "EXIF":
             exif = Image.Exif()
-            exif[274] = 6  # turned by a quarter
+            exif[274] = 6  # Turned by a quarter
             return file(picture, "jpeg", exif=exif)
     return file(picture.convert(mode))
 

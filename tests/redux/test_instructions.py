@@ -27,11 +27,11 @@ NAMES = {each.name: id for id, each in INSTRUCTIONS.items()}
 CASES: list[tuple[str, dict[str, Any], str, bool]] = [
     ("no comma", {}, "It is red. And blue.", True),
     ("no comma", {}, "There are 1,000 of them.", False),
-    ("no comma", {}, "红，蓝", True),  # a comma of another script is none
+    ("no comma", {}, "红，蓝", True),  # A comma of another script is none
     ("lowercase", {}, "there is a red circle in the middle of the image.", True),
     ("lowercase", {}, "There is a red circle in the middle of the image.", False),
     ("lowercase", {}, "es gibt einen roten kreis in der mitte des bildes.", False),
-    ("lowercase", {}, "12 345", False),  # nothing in it has a case
+    ("lowercase", {}, "12 345", False),  # Nothing in it has a case
     ("lowercase", {}, "https://example.com", True),  # langdetect leaves addresses out, and finds nothing
     ("uppercase", {}, "THERE IS A RED CIRCLE IN THE MIDDLE OF THE IMAGE.", True),
     ("uppercase", {}, "THERE IS A RED CIRCLE IN THE MIDDLE OF THE IMAGE. yes", False),
@@ -46,12 +46,12 @@ CASES: list[tuple[str, dict[str, Any], str, bool]] = [
     ("title", {}, "<<poem>>\nIt is red.", True),
     ("title", {}, "<< >> It is red.", False),
     ("title", {}, "<<po\nem>>", False),
-    ("keywords", {"keywords": ["river", "dog"]}, "Dogs swim in RIVERS.", True),  # within words, in any case
+    ("keywords", {"keywords": ["river", "dog"]}, "Dogs swim in RIVERS.", True),  # Within words, in any case
     ("keywords", {"keywords": ["river", "dog"]}, "Dogs swim.", False),
     ("highlights", {"num_highlights": 2}, "*red* and *blue*", True),
-    ("highlights", {"num_highlights": 2}, "It is **red**.", False),  # the single ones there are empty
-    ("highlights", {"num_highlights": 2}, "It is ***red***.", True),  # one of either kind
-    ("highlights", {"num_highlights": 1}, "****** red ***", True),  # between rules
+    ("highlights", {"num_highlights": 2}, "It is **red**.", False),  # The single ones there are empty
+    ("highlights", {"num_highlights": 2}, "It is ***red***.", True),  # One of either kind
+    ("highlights", {"num_highlights": 1}, "****** red ***", True),  # Between rules
     ("highlights", {"num_highlights": 1}, "******\n* *\n***", False),
     ("json", {}, '{"answer": "red"}', True),
     ("json", {}, '```json\n{"answer": "red"}\n```', True),
@@ -68,7 +68,7 @@ CASES: list[tuple[str, dict[str, Any], str, bool]] = [
     ("sections", {"section_spliter": "Section", "num_sections": 1}, "Section A", False),
     ("bullets", {"num_bullets": 2}, "* red\n* round", True),
     ("bullets", {"num_bullets": 2}, "Two:\n  - red\n*round", True),
-    ("bullets", {"num_bullets": 2}, "* red\n* round\n* small", False),  # exactly so many
+    ("bullets", {"num_bullets": 2}, "* red\n* round\n* small", False),  # Exactly so many
     ("bullets", {"num_bullets": 1}, "**red**", False),
     ("sentences", {"num_sentences": 2, "relation": "less than"}, "It is red.", True),
     ("sentences", {"num_sentences": 2, "relation": "less than"}, "It is red. It is round.", False),
@@ -78,7 +78,7 @@ CASES: list[tuple[str, dict[str, Any], str, bool]] = [
     ("words", {"num_words": 3, "relation": "less than"}, "well-known thing", False),
     ("words", {"num_words": 3, "relation": "less than"}, "two words", True),
     ("two responses", {}, "Red.\n******\nBlue.", True),
-    ("two responses", {}, "******\nRed.\n******\nBlue.\n******", True),  # rules at the ends separate nothing
+    ("two responses", {}, "******\nRed.\n******\nBlue.\n******", True),  # Rules at the ends separate nothing
     ("two responses", {}, "Red. ****** Red.", False),
     ("two responses", {}, "Red. ****** ****** Blue.", False),
     ("two responses", {}, "Red. ****** Blue. ****** Green.", False),
@@ -86,7 +86,7 @@ CASES: list[tuple[str, dict[str, Any], str, bool]] = [
     ("ending", {"end_phrase": "Any other questions?"}, 'It is red. any other questions?" ', True),
     ("ending", {"end_phrase": "Any other questions?"}, "Any other questions? No.", False),
     ("start", {"starter": "I think"}, "  I think it is red.", True),
-    ("start", {"starter": "I think"}, "Well.\nI think it is red.", True),  # of any line
+    ("start", {"starter": "I think"}, "Well.\nI think it is red.", True),  # Of any line
     ("start", {"starter": "I think"}, "Well, I think it is red.", False),
     ("start", {"starter": "I think"}, "i think it is red.", False),
 ]
@@ -124,10 +124,10 @@ def test_the_sixteen_are_the_papers() -> None:
 @pytest.mark.parametrize(
     ("name", "response"),
     [
-        ("json", "Here you are:\n{}"),  # without the first line
-        ("json", "{}\nThat is all."),  # without the last
-        ("json", "Here you are:\n{}\nThat is all."),  # without both
-        ("json", "*{}*"),  # without asterisks
+        ("json", "Here you are:\n{}"),  # Without the first line
+        ("json", "{}\nThat is all."),  # Without the last
+        ("json", "Here you are:\n{}\nThat is all."),  # Without both
+        ("json", "*{}*"),  # Without asterisks
         ("json", "Here you are:\n**{}**"),
         ("json", "*{*}*\nThat is all."),
         ("json", "Here you are:\n* {}\nThat is all."),
@@ -239,7 +239,7 @@ def test_arguments_of_other_instructions_may_be_there_as_none() -> None:
 
 # --- language --------------------------------------------------------------------------------------------------------
 
-# found to be English, or another language, depending on langdetect's seed
+# Found to be English, or another language, depending on langdetect's seed.
 WOBBLY = ["a man and a dog", "a man in a hat", "ein man in a hat", "es ist a man", "on a hat", "is a man", "a dog man"]
 
 

@@ -64,8 +64,8 @@ def test_refilling_leaves_the_tokens_that_fit_best_where_they_are() -> None:
     """Two kinds of tokens in three clusters: the third takes one token, and the kinds do not mix otherwise."""
     kinds = torch.tensor([0] * 6 + [1] * 6)
     label = kmeans(F.one_hot(kinds, 4).float().unsqueeze(0), 3, 10)[0]
-    of_kind = [set(label[kinds == kind].tolist()) for kind in (0, 1)]
-    assert not of_kind[0] & of_kind[1]
+    labels_by_kind = [set(label[kinds == kind].tolist()) for kind in (0, 1)]
+    assert not labels_by_kind[0] & labels_by_kind[1]
 
 
 @pytest.mark.parametrize("seeds", SEEDS)
@@ -87,7 +87,7 @@ def test_images_of_a_batch_do_not_see_each_other(seeds: KMeansSeeds) -> None:
 
 def test_clusters_far_apart_are_found() -> None:
     truth = torch.randint(0, 4, (40,), generator=torch.Generator().manual_seed(3))
-    truth[:4] = torch.arange(4)  # seeds stand at 0, 10, 20, 30: one of each kind
+    truth[:4] = torch.arange(4)  # Seeds stand at 0, 10, 20, 30: one of each kind
     truth[[0, 10, 20, 30]] = torch.arange(4)
     tokens = F.one_hot(truth, 8).float() * 5 + 0.1 * noise(40, 8)
     assert torch.equal(kmeans(tokens.unsqueeze(0), 4, 5)[0], truth)

@@ -118,7 +118,7 @@ def test_decoding_with_a_cache_inhibits_as_the_whole_sequence_does(parts: dict[s
     inputs = inputs_for(model)
     start, cache, steps = inputs["input_ids"].shape[1] - 4, None, []
     with torch.no_grad():
-        whole = model(**inputs).logits
+        full_logits = model(**inputs).logits
         for first, last in ((0, start), (start, start + 1), (start + 1, start + 4)):
             part = {"input_ids": inputs["input_ids"][:, first:last]}
             if not first:
@@ -126,9 +126,9 @@ def test_decoding_with_a_cache_inhibits_as_the_whole_sequence_does(parts: dict[s
             output = model(**part, past_key_values=cache, use_cache=True)
             cache = output.past_key_values
             steps.append(output.logits)
-        torch.testing.assert_close(torch.cat(steps, dim=1), whole, rtol=1e-4, atol=1e-4)
+        torch.testing.assert_close(torch.cat(steps, dim=1), full_logits, rtol=1e-4, atol=1e-4)
         inhibit(model, None)
-        assert not torch.allclose(model(**inputs).logits, whole, rtol=1e-3, atol=1e-3)
+        assert not torch.allclose(model(**inputs).logits, full_logits, rtol=1e-3, atol=1e-3)
 
 
 @FAMILY
@@ -138,7 +138,7 @@ def test_a_trained_model_is_saved_and_generates(parts: dict[str, Path], family: 
     before = model(**inputs, labels=inputs["input_ids"]).loss
     before.backward()
     without = [name for name, weight in model.named_parameters() if weight.grad is None]
-    # the tower's last block and layer norm are above the layer that LLaVA reads
+    # The tower's last block and layer norm are above the layer that LLaVA reads.
     assert all(name.startswith("model.vision_tower.") for name in without)
     torch.optim.SGD(model.parameters(), lr=0.05).step()
     model.save_pretrained(tmp_path)

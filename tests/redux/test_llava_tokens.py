@@ -82,7 +82,7 @@ def llava_v1(turns: Turns, tokenizer: PreTrainedTokenizerBase) -> tuple[list[int
         parts = around.split(" ASSISTANT: ")
         if len(parts) != 2:
             break
-        # a round by itself has a blank in front, which it has not in the whole prompt
+        # A round by itself has a blank in front, which it has not in the whole prompt.
         shorter = number > 0 and not tokenizer.legacy
         asked = len(tokenize(parts[0] + " ASSISTANT: ", tokenizer)) - 2 - shorter
         labels[at : at + asked] = [IGNORE_INDEX] * asked
@@ -102,10 +102,10 @@ def spread(ids: list[int], labels: list[int], image: int) -> tuple[list[int], li
     """Spread tokens as LLaVA's model does: an image is COUNT positions, which are never predicted."""
     pairs = [
         pair
-        for one, label in zip(ids, labels, strict=True)
-        for pair in ([(image, IGNORE_INDEX)] * COUNT if one == IMAGE_INDEX else [(one, label)])
+        for token_id, label in zip(ids, labels, strict=True)
+        for pair in ([(image, IGNORE_INDEX)] * COUNT if token_id == IMAGE_INDEX else [(token_id, label)])
     ]
-    return [one for one, _ in pairs], [label for _, label in pairs]
+    return [token_id for token_id, _ in pairs], [label for _, label in pairs]
 
 
 BLANKS = ["", " ", "\n", "  ", "\t", " \n ", "\r\n", "\u00a0", "\u2003", "\u200b"]

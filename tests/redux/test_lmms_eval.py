@@ -172,7 +172,7 @@ def redux(place: Path) -> Any:
 def test_answers_come_in_the_order_of_the_requests(redux: Any) -> None:
     asked = requests([6, 3, 6, 6, 3, 6])
     together = redux.generate_until(asked)
-    assert together == [redux.generate_until([one])[0] for one in asked]
+    assert together == [redux.generate_until([request])[0] for request in asked]
     assert [answer.token_counts.output_tokens for answer in together] == [6, 3, 6, 6, 3, 6]
 
 

@@ -148,11 +148,11 @@ def test_decoding_with_the_caches_equals_the_full_pass_token_by_token(
     told = model.generate(**batch, **length, return_dict_in_generate=True, output_logits=True)
     start = batch["input_ids"].shape[1]
     batch["attention_mask"] = torch.cat([batch["attention_mask"], torch.ones(2, 8, dtype=torch.long)], dim=1)
-    whole = logits(model, **{**batch, "input_ids": told.sequences}, use_cache=False)
-    torch.testing.assert_close(torch.stack(told.logits, dim=1), whole[:, start - 1 : -1], rtol=1e-4, atol=1e-5)
-    # greedy: each token is the likeliest of the full pass that is neither an image's nor the end of the text
-    whole[..., [image, model.config.text_config.eos_token_id]] = -torch.inf
-    assert torch.equal(told.sequences[:, start:], whole[:, start - 1 : -1].argmax(dim=-1))
+    full_logits = logits(model, **{**batch, "input_ids": told.sequences}, use_cache=False)
+    torch.testing.assert_close(torch.stack(told.logits, dim=1), full_logits[:, start - 1 : -1], rtol=1e-4, atol=1e-5)
+    # Greedy: each token is the likeliest of the full pass that is neither an image's nor the end of the text.
+    full_logits[..., [image, model.config.text_config.eos_token_id]] = -torch.inf
+    assert torch.equal(told.sequences[:, start:], full_logits[:, start - 1 : -1].argmax(dim=-1))
 
 
 @pytest.mark.parametrize("cmai", VARIANTS[1:], ids=str)
@@ -166,17 +166,17 @@ def test_behind_padding_on_the_right_decoding_equals_the_full_pass(tiny: Tiny, s
     positions = (mask.cumsum(dim=1) - 1).clamp_min(0)
     start = batch["input_ids"].shape[1]
     images = {"pixel_values": batch["pixel_values"]}
-    whole = logits(model, **images, input_ids=ids, attention_mask=mask, position_ids=positions, use_cache=False)
+    full_logits = logits(model, **images, input_ids=ids, attention_mask=mask, position_ids=positions, use_cache=False)
     alone = together([sample(model, text=5, seed=1)], left=False)
     ids_alone = torch.cat([alone["input_ids"], more[1:]], dim=1)
     unpadded = logits(model, input_ids=ids_alone, pixel_values=alone["pixel_values"])
-    torch.testing.assert_close(whole[1, -3:], unpadded[0, -3:], rtol=1e-4, atol=1e-5)
+    torch.testing.assert_close(full_logits[1, -3:], unpadded[0, -3:], rtol=1e-4, atol=1e-5)
     cache = FocusCache(config=model.config.text_config)
     logits(model, **batch, position_ids=positions[:, :start], past_key_values=cache)
     for place in range(start, ids.shape[1]):
         step = {"input_ids": ids[:, place : place + 1], "position_ids": positions[:, place : place + 1]}
         now = logits(model, **step, attention_mask=mask[:, : place + 1], past_key_values=cache)
-        torch.testing.assert_close(now[:, 0], whole[:, place], rtol=1e-4, atol=1e-5)
+        torch.testing.assert_close(now[:, 0], full_logits[:, place], rtol=1e-4, atol=1e-5)
 
 
 def test_decoding_without_a_cache_gives_the_same_tokens(tiny: Tiny, sample: Sample) -> None:
@@ -194,8 +194,8 @@ def test_a_conversation_goes_on_from_its_cache_with_another_image(tiny: Tiny, sa
     cache = FocusCache(config=model.config.text_config)
     parts = [logits(model, **piece, past_key_values=cache) for piece in pieces]
     ids = torch.cat([piece["input_ids"] for piece in pieces], dim=1)
-    whole = logits(model, input_ids=ids, pixel_values=torch.cat([turn["pixel_values"] for turn in turns]))
-    torch.testing.assert_close(torch.cat(parts, dim=1), whole, rtol=1e-4, atol=1e-5)
+    full_logits = logits(model, input_ids=ids, pixel_values=torch.cat([turn["pixel_values"] for turn in turns]))
+    torch.testing.assert_close(torch.cat(parts, dim=1), full_logits, rtol=1e-4, atol=1e-5)
 
 
 def test_a_reset_cache_is_a_new_one(tiny: Tiny, sample: Sample) -> None:
@@ -229,8 +229,8 @@ def test_after_a_crop_the_next_image_may_come_earlier(tiny: Tiny, sample: Sample
     early = sample(model, seed=1)
     again = logits(model, **early, past_key_values=cache)
     ids = torch.cat([text["input_ids"][:, :1], early["input_ids"]], dim=1)
-    whole = logits(model, input_ids=ids, pixel_values=early["pixel_values"])
-    torch.testing.assert_close(again, whole[:, 1:], rtol=1e-4, atol=1e-5)
+    full_logits = logits(model, input_ids=ids, pixel_values=early["pixel_values"])
+    torch.testing.assert_close(again, full_logits[:, 1:], rtol=1e-4, atol=1e-5)
 
 
 def test_guesses_from_the_prompt_change_no_token(tiny: Tiny, sample: Sample) -> None:
@@ -646,5 +646,5 @@ def test_the_language_model_starts_with_small_init(
 ) -> None:
     language = LanguageSizes(hidden_size=width, num_hidden_layers=1, num_attention_heads=4, intermediate_size=256)
     decoder = build_model(ModelSettings(tower=tower, language=language), tokenizer).model.language_model
-    for weight in (decoder.embed_tokens.weight[3:], decoder.layers[0].mlp.up_proj.weight):  # the padding's row is zero
+    for weight in (decoder.embed_tokens.weight[3:], decoder.layers[0].mlp.up_proj.weight):  # The padding's row is zero
         assert float(weight.detach().std()) == pytest.approx((2 / (5 * width)) ** 0.5, rel=0.1)

@@ -33,19 +33,19 @@ def test_conversations_are_split_and_joined(seed: int) -> None:
     cuts = [np.flatnonzero(rng.random(length - 1) < 0.2) + 1 for _ in range(3)]
     rows = [np.concatenate([np.arange(len(part)) for part in np.split(np.arange(length), cut)]) for cut in cuts]
     sizes = [len(part) for cut in cuts for part in np.split(np.arange(length), cut)]
-    found = PackedConversations.find(torch.tensor(np.stack(rows)))
+    conversations = PackedConversations.find(torch.tensor(np.stack(rows)))
     if len(sizes) == 3:
-        assert found is None
+        assert conversations is None
         return
-    assert found is not None
-    assert found.padding.sum(dim=1).tolist() == sizes
+    assert conversations is not None
+    assert conversations.padding.sum(dim=1).tolist() == sizes
     values = torch.randn(3, 2, length, 4)
-    split = found.split(values)
+    split = conversations.split(values)
     flat = values.transpose(1, 2).flatten(0, 1)
-    kept = split.transpose(1, 2)[found.padding.bool()]
+    kept = split.transpose(1, 2)[conversations.padding.bool()]
     assert torch.equal(kept, flat)
-    assert torch.equal(found.join(split.transpose(1, 2)), values.transpose(1, 2))
-    assert torch.equal(found.split_flags(torch.ones(3, length, dtype=torch.bool)), found.padding.bool())
+    assert torch.equal(conversations.join(split.transpose(1, 2)), values.transpose(1, 2))
+    assert torch.equal(conversations.split_flags(torch.ones(3, length, dtype=torch.bool)), conversations.padding.bool())
 
 
 def build_model(cmai: CMAI, head_dim: int = 16, layers: int = 3) -> ReduxForConditionalGeneration:

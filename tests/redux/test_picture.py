@@ -88,7 +88,7 @@ def test_a_patch_merged_first_and_dropped_later_is_dropped():
 
 
 def test_border_runs_between_clusters_and_not_within_one():
-    slot = np.repeat(np.arange(2), PATCHES // 2)  # upper and lower half
+    slot = np.repeat(np.arange(2), PATCHES // 2)  # Upper and lower half
     pixels = np.asarray(draw_patches(plain("white"), slot, np.ones(PATCHES, dtype=bool))).astype(int)
     cell, middle = len(pixels) // SIDE, len(pixels) // 2
     assert np.ptp(pixels[cell // 2, 1:-1], axis=0).max() == 0

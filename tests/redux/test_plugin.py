@@ -49,8 +49,8 @@ def test_a_maximum_of_zero_is_no_inhibition(new_model: Callable[[str], Any], fam
     model, inputs = new_model(family), sample(family)
     before = logits(model, **inputs)
     inhibit(model, CMAI(gamma_max=0.0))
-    own = inputs["attention_mask"].bool()
-    torch.testing.assert_close(logits(model, **inputs)[own], before[own], rtol=1e-5, atol=1e-5)
+    is_token = inputs["attention_mask"].bool()
+    torch.testing.assert_close(logits(model, **inputs)[is_token], before[is_token], rtol=1e-5, atol=1e-5)
 
 
 @every_family
@@ -58,7 +58,7 @@ def test_off_again_the_model_is_what_it_was(new_model: Callable[[str], Any], fam
     model, inputs = new_model(family), sample(family)
     then, before = logits(model, **inputs), state(model)  # transformers itself leaves things on a model that ran
     inhibit(model, STRONG)
-    inhibit(model, CMAI(gamma_max=0.3))  # other settings take the place of the first
+    inhibit(model, CMAI(gamma_max=0.3))  # Other settings take the place of the first
     on = logits(model, **inputs)
     assert not torch.allclose(on, then, atol=1e-3)
     inhibit(model, None)
@@ -75,8 +75,8 @@ def slow_keep(weights: list[list[float]], image: list[bool], visible: Tensor, ra
         columns = [k for k in range(length) if image[k] and visible[j, k]]
         if image[j] or not columns:
             continue
-        text = [h for h in range(j) if not image[h]]  # eq. 9: A_t2n is zero unless j > h
-        focus = {k: sum(weights[j][h] * weights[h][k] for h in text) + weights[j][k] for k in columns}  # eq. 10, 11
+        text = [h for h in range(j) if not image[h]]  # Eq. 9: A_t2n is zero unless j > h
+        focus = {k: sum(weights[j][h] * weights[h][k] for h in text) + weights[j][k] for k in columns}  # Eq. 10, 11
         for k in sorted(columns, key=focus.__getitem__)[: int(ratio * (len(columns) - 1))]:
             keep[j, k] = False
     return keep
@@ -86,8 +86,8 @@ def slowly(model: Any, cmai: CMAI, images: tuple[int, ...], **inputs: Any) -> Te
     """Logits of eager attention whose layers, one after the other, get the mask of `slow_keep`; plain transformers."""
     decoder = model.get_decoder().get_decoder()  # BLIP-2's is a whole OPTForCausalLM
     decoder.set_attn_implementation("eager")
-    image, own = torch.isin(inputs["input_ids"], torch.tensor(images)), inputs["attention_mask"].bool()
-    visible = own.unsqueeze(1) & torch.ones(own.shape[1], own.shape[1], dtype=torch.bool).tril()
+    image, is_token = torch.isin(inputs["input_ids"], torch.tensor(images)), inputs["attention_mask"].bool()
+    visible = is_token.unsqueeze(1) & torch.ones(is_token.shape[1], is_token.shape[1], dtype=torch.bool).tril()
     for number, ratio in enumerate(cmai.compute_gammas(len(decoder.layers))):
         weights: list[Tensor] = []
         attention = decoder.layers[number].self_attn
@@ -105,7 +105,7 @@ def slowly(model: Any, cmai: CMAI, images: tuple[int, ...], **inputs: Any) -> Te
         attention.register_forward_pre_hook(
             lambda module, args, kwargs, bias=bias: (args, {**kwargs, "attention_mask": bias}), with_kwargs=True
         )
-    return logits(model, **inputs, use_cache=False)[own]
+    return logits(model, **inputs, use_cache=False)[is_token]
 
 
 @every_family
@@ -191,11 +191,11 @@ def test_a_decoder_is_inhibited_once(new_model: Callable[[str], Any]) -> None:
 def test_a_mask_of_four_dimensions_is_read(new_model: Callable[[str], Any], low: float, cmai: CMAI) -> None:
     model, inputs = new_model("llava"), sample("llava")
     inhibit(model, cmai)
-    own = inputs.pop("attention_mask").bool()
-    expected = logits(model, **inputs, attention_mask=own.long())[own]
-    visible = own[:, None, None] & torch.ones(own.shape[1], own.shape[1], dtype=torch.bool).tril()
+    is_token = inputs.pop("attention_mask").bool()
+    expected = logits(model, **inputs, attention_mask=is_token.long())[is_token]
+    visible = is_token[:, None, None] & torch.ones(is_token.shape[1], is_token.shape[1], dtype=torch.bool).tril()
     for mask in (visible, {"full_attention": visible}, torch.zeros(visible.shape).masked_fill(~visible, low)):
-        assert torch.equal(logits(model, **inputs, attention_mask=mask)[own], expected)
+        assert torch.equal(logits(model, **inputs, attention_mask=mask)[is_token], expected)
     with pytest.raises(ValueError, match="attention_mask: got sliding_attention, allowed: full_attention"):
         logits(model, **inputs, attention_mask={"sliding_attention": visible})
     for wrong in (visible.expand(-1, 4, -1, -1), visible.long(), visible.to(torch.uint8)):

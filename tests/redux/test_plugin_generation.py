@@ -24,7 +24,7 @@ def test_greedy_decoding_equals_the_full_pass_token_by_token(new_model: Callable
     start = inputs["input_ids"].shape[1]
     full = logits(model, **whole(family, inputs, told.sequences), use_cache=False)[:, start - 1 : -1]
     torch.testing.assert_close(torch.stack(told.logits, dim=1), full, rtol=1e-4, atol=1e-4)
-    full[..., [EOS, IMAGE, VIDEO]] = -torch.inf  # forbidden by LENGTH
+    full[..., [EOS, IMAGE, VIDEO]] = -torch.inf  # Forbidden by LENGTH
     assert torch.equal(told.sequences[:, start:], full.argmax(dim=-1))
 
 
@@ -40,7 +40,7 @@ def test_the_scores_of_other_searches_are_those_of_the_full_pass(
         **inputs, **LENGTH, **way, num_return_sequences=2, return_dict_in_generate=True, output_logits=True
     )
     start = inputs["input_ids"].shape[1]
-    for copies in (0, 1):  # each row's first and second answer; inputs that are not repeated fit one of them
+    for copies in (0, 1):  # Each row's first and second answer; inputs that are not repeated fit one of them
         ids = found.sequences[copies::2]
         full = logits(model, **whole(family, inputs, ids), use_cache=False)[:, start - 1 : -1]
         for step, now in enumerate(found.logits):
@@ -50,7 +50,7 @@ def test_the_scores_of_other_searches_are_those_of_the_full_pass(
         assert found.beam_indices[:, : LENGTH["max_new_tokens"]].diff(dim=1).any(), "no beam took another's place"
 
 
-# without a cache, transformers' generate of Q-Former models itself loses the image after the first token
+# Without a cache, transformers' generate of Q-Former models itself loses the image after the first token.
 @pytest.mark.parametrize("family", ["llava", "qwen", "idefics3", "smolvlm"])
 def test_beam_search_without_a_cache_gives_the_same_tokens(new_model: Callable[[str], Any], family: str) -> None:
     model, inputs = new_model(family), sample(family)
@@ -65,7 +65,7 @@ def test_an_empty_cache_becomes_one_that_a_conversation_goes_on_from(new_model: 
     model, inputs = new_model("idefics3"), sample("idefics3", (2,))
     inhibit(model, STRONG)
     ids, images, cache = inputs["input_ids"], inputs["pixel_values"][0], DynamicCache()
-    cuts = [0, 12, 21, ids.shape[1]]  # in the text behind each image
+    cuts = [0, 12, 21, ids.shape[1]]  # In the text behind each image
     parts = []
     for number, (start, end) in enumerate(itertools.pairwise(cuts)):
         piece = ids[:, start:end]

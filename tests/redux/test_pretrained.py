@@ -227,8 +227,8 @@ def test_tied_embeddings_stay_tied(tower: Path, saved: Callable[..., Path], tmp_
     model, _ = assemble(tower, saved(lambda: speaker(tie_word_embeddings=True), plain_tokenizer()))
     model.save_pretrained(tmp_path)
     again = ReduxForConditionalGeneration.from_pretrained(tmp_path)
-    for one in (model, again):
-        assert one.lm_head.weight is one.get_input_embeddings().weight
+    for tied in (model, again):
+        assert tied.lm_head.weight is tied.get_input_embeddings().weight
     assert torch.equal(logits(again), logits(model))
 
 
@@ -443,7 +443,7 @@ def bucket(monkeypatch: pytest.MonkeyPatch) -> Iterator[s3fs.S3FileSystem]:
     files = s3fs.S3FileSystem()
     files.mkdir("models")
     yield files
-    files.rm("models", recursive=True)  # the server's memory is the process's
+    files.rm("models", recursive=True)  # The server's memory is the process's
     server.stop()
 
 
@@ -459,7 +459,7 @@ def test_parts_and_whole_are_read_from_a_bucket(saved: Callable[..., Path], buck
     again = ReduxForConditionalGeneration.from_pretrained("s3://models/whole", vmtc=VMTC())
     for model in (parts, again):
         assert all(
-            torch.equal(one, other) for one, other in zip(model.parameters(), expected.parameters(), strict=True)
+            torch.equal(weight, other) for weight, other in zip(model.parameters(), expected.parameters(), strict=True)
         )
     assert again.config.image_seq_length == 8
     assert tokenizer.convert_tokens_to_ids("circle") == 7

@@ -50,7 +50,7 @@ def saved(tiny: Tiny, tokenizer: PreTrainedTokenizerBase, tmp_path: Path) -> Cal
 
     def save(template: TemplateName, image_aspect_ratio: ImageAspectRatio = "pad", vmtc: VMTC | None = None) -> Path:
         model = tiny(vmtc=vmtc)
-        tokenizer.chat_template = "{{ messages }}"  # one that the model did not learn from
+        tokenizer.chat_template = "{{ messages }}"  # One that the model did not learn from
         record_training_format(model, tokenizer, template, image_aspect_ratio)
         model.save_pretrained(tmp_path)
         build_processor(model.config, tokenizer).save_pretrained(tmp_path)
@@ -97,7 +97,7 @@ def test_the_processor_gives_the_pixels_of_training(
     image = picture(*size)
     got = processor.image_processor(image, return_tensors="pt")["pixel_values"][0]
     expected = normalize_pixels(torch.from_numpy(load_pixels(as_file(image), 32, image_aspect_ratio)[None].copy()))[0]
-    torch.testing.assert_close(got, expected, rtol=0, atol=1e-6)  # the same grey levels, normalised in another order
+    torch.testing.assert_close(got, expected, rtol=0, atol=1e-6)  # The same grey levels, normalised in another order
 
 
 def test_generation_is_greedy_and_ends_as_the_template_does(saved: Callable[..., Path]) -> None:

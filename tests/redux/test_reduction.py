@@ -112,7 +112,7 @@ def test_random_places_are_those_of_the_seed_in_order_of_place() -> None:
         assert slot.tolist() == [[taken.index(patch) if patch in taken else -1 for patch in range(16)]] * 3
         assert torch.equal(tokens, features[:, taken])
         assert not cluster.any()
-        torch.manual_seed(seed + 1)  # the state of the program is not part of it
+        torch.manual_seed(seed + 1)  # The state of the program is not part of it
         again, _, _ = reduce_tokens(features, settings("random", tokens=7, seed=seed))
         assert torch.equal(again, tokens)
         chosen[seed] = taken
@@ -307,7 +307,7 @@ def test_a_smaller_image_has_pixels_of_bilinear_weights(side: int, out: int) -> 
 
 
 def test_an_image_of_all_patches_stays_as_it_is() -> None:
-    pixels = noise(1, 3, 18, 18)  # pixels that fill no patch stay
+    pixels = noise(1, 3, 18, 18)  # Pixels that fill no patch stay
     resized, slot, _ = resize_pixels(pixels, settings("resize", ratio=0.0), 4)
     assert resized is pixels
     assert slot.tolist() == [list(range(16))]
@@ -335,6 +335,6 @@ def test_an_image_of_all_patches_stays_as_it_is() -> None:
     ids=str,
 )
 def test_a_wrong_setting_is_named(monkeypatch: pytest.MonkeyPatch, wrong: dict[str, Any], told: str) -> None:
-    monkeypatch.setattr(jaxtyping.config, "jaxtyping_disable", True)  # it would name some of these first
+    monkeypatch.setattr(jaxtyping.config, "jaxtyping_disable", True)  # It would name some of these first
     with pytest.raises(ValueError, match="^" + re.escape(told)):
         Reduction(**{"method": "average", **wrong})

@@ -93,9 +93,9 @@ def test_text_alone_runs_the_modules_of_an_image_in_their_order(
     assert order == text_order
     assert len(order) > 20
     assert gradients.keys() == text_gradients.keys()
-    of_images = [name for name in gradients if "vision_tower" in name or "projector" in name]
-    assert of_images
-    assert not any(text_gradients[name].any() for name in of_images)
+    image_parameters = [name for name in gradients if "vision_tower" in name or "projector" in name]
+    assert image_parameters
+    assert not any(text_gradients[name].any() for name in image_parameters)
     assert torch.equal(text_logits, model(**text).logits)
 
 
@@ -170,7 +170,7 @@ def test_a_tower_and_its_blocks_are_still_transformers_own(tiny: Tiny) -> None:
     plain: Any = CLIPVisionModel(model.config.vision_config).eval()
     plain.load_state_dict(tower.state_dict())
     with torch.no_grad():
-        found, expected = (one(images, output_hidden_states=True) for one in (tower, plain))
+        found, expected = (encoder(images, output_hidden_states=True) for encoder in (tower, plain))
     assert len(found.hidden_states) == len(expected.hidden_states) == 6
     for ours, theirs in zip(found.hidden_states, expected.hidden_states, strict=True):
         assert torch.equal(ours, theirs)
@@ -293,7 +293,7 @@ def test_replicas_in_threads_give_what_the_model_gives(tiny: Tiny, sample: Sampl
     model.model.vision_tower.register_forward_hook(hold)
     replicas = [replica(model) for _ in parts]
     for weight in model.parameters():
-        torch.nn.init.constant_(weight, torch.nan)  # a replica that reads these is told
+        torch.nn.init.constant_(weight, torch.nan)  # A replica that reads these is told
 
     def work(number: int) -> None:
         found[number] = logits(replicas[number], **parts[number])

@@ -72,13 +72,13 @@ def test_the_trace_has_the_decisions_of_decoding(
     [answer] = model.generate([chat], [Sampling(max_new_tokens=8)], go_on)
     trace = trace_answer(model, chat, answer.tokens)
     is_image = chat.input_ids == model.model.config.image_token_id
-    # layers without inhibition are not asked; a step has the others, in their order
+    # Layers without inhibition are not asked; a step has the others, in their order.
     active = sum(gamma > 0 for gamma in CMAI(gamma_max=0.8).compute_gammas(layers))
     assert len(steps) >= active
     for number in range(len(steps) // active):
         kept = [mask[: len(is_image)][is_image].double() for mask in steps[number * active : (number + 1) * active]]
         expected = 1 - sum(1 - mask for mask in kept) / layers
-        # the first word comes from the prompt
+        # The first word comes from the prompt.
         np.testing.assert_allclose(trace.allowed[number + 1], expected, atol=1e-6)
     assert trace.allowed.min() < 1
 
@@ -127,14 +127,14 @@ def test_attention_of_an_answer_is_that_of_transformers(
     is_image = ids == model.model.config.image_token_id
     assert mass.image_tokens == int(is_image.sum()) == (8 if vmtc else 16)
     assert mass.text_tokens == prompt_length - mass.image_tokens
-    # the row before a token of the answer chooses it
+    # The row before a token of the answer chooses it.
     rows = maps[:, :, prompt_length - 1 :].mean(dim=(1, 2))
     np.testing.assert_allclose(mass.image, rows[:, is_image].sum(dim=1), rtol=1e-5)
     is_text = ~is_image & (torch.arange(len(ids)) < prompt_length)
     np.testing.assert_allclose(mass.text, rows[:, is_text].sum(dim=1), rtol=1e-5)
     per_token = rows[:, is_text].mean() / rows[:, is_image].mean()
     assert mass.dominance == pytest.approx(float(per_token), rel=1e-5)
-    # the first two layers alone
+    # The first two layers alone.
     rows = rows[:2]
     per_token = rows[:, is_text].mean() / rows[:, is_image].mean()
     assert mass.dominance_by_group["early"] == pytest.approx(float(per_token), rel=1e-5)
@@ -145,14 +145,14 @@ def test_inhibited_pairs_get_no_attention(tiny: Tiny, tokenizer: PreTrainedToken
     with_cmai = answerer(tiny, tokenizer, cmai=CMAI(gamma_max=0.9, schedule="constant", heads=heads))
     without = answerer(tiny, tokenizer, cmai=None)
     mass, free = (measure_attention(model, QUESTION, encode_image(0), ANSWER) for model in (with_cmai, without))
-    # the first layer has the same queries and keys, and seven of eight image tokens lose their attention
+    # The first layer has the same queries and keys, and seven of eight image tokens lose their attention.
     assert mass.image[0] < 0.5 * free.image[0]
     assert mass.image[0] + mass.text[0] < 1
 
 
 def test_masses_are_recorded_of_single_heads_alone(tiny: Tiny, tokenizer: PreTrainedTokenizerBase) -> None:
     """A head that is not chosen attends as without CMAI."""
-    of_one, of_two = (
+    mass_with_one, mass_with_two = (
         measure_attention(
             answerer(tiny, tokenizer, cmai=CMAI(gamma_max=0.9, schedule="constant", heads=heads), layers=1),
             QUESTION,
@@ -162,4 +162,4 @@ def test_masses_are_recorded_of_single_heads_alone(tiny: Tiny, tokenizer: PreTra
         for heads in ((0,), (0, 1))
     )
     full = measure_attention(answerer(tiny, tokenizer, cmai=None, layers=1), QUESTION, encode_image(0), ANSWER)
-    assert of_two < of_one < full.image[0]
+    assert mass_with_two < mass_with_one < full.image[0]

@@ -1,6 +1,6 @@
 """vLLM's stock server serves our models by the plug-in, with the answers of `redux.answering`.
 
-The slow tests start the real server.  They need an interpreter with vLLM and Redux, whose path REDUX_VLLM_PYTHON has.
+The slow tests start the real server. They need an interpreter with vLLM and Redux, whose path REDUX_VLLM_PYTHON has.
 REDUX_VLLM_MODEL may name a model trained on easy-VQA; the default is a random model of the quickstart's sizes.
 """
 
@@ -86,7 +86,7 @@ def test_a_model_with_cmai_is_refused_until_an_override_turns_it_off(tiny: Tiny)
     config = tiny(VMTC(), CMAI()).config
     with pytest.raises(ValueError, match=r"^cmai: got settings, allowed: null, .*--hf-overrides '{\"cmai\": null}'$"):
         check_config(config)
-    config.update({"cmai": None})  # as vLLM applies an override
+    config.update({"cmai": None})  # As vLLM applies an override
     assert check_config(config).vmtc == tiny(VMTC(), CMAI()).config.vmtc
 
 
@@ -97,7 +97,7 @@ def test_a_mistake_in_an_override_is_named(tiny: Tiny) -> None:
         check_config(config).method_settings("vmtc")
 
 
-# PruMerge needs a class token, which SigLIP has not
+# PruMerge needs a class token, which SigLIP has not.
 @pytest.mark.parametrize(
     ("methods", "tower_type"),
     [(name, tower) for name in METHODS for tower in ("clip", "siglip") if (name, tower) != ("prumerge", "siglip")],
@@ -122,7 +122,7 @@ def test_the_image_encoder_gives_the_tokens_of_the_model(tiny: Tiny, methods: st
     assert torch.equal(found, expected)
 
 
-# the real server
+# The real server.
 
 
 def _has_vllm() -> bool:
@@ -168,7 +168,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     model = build_model(settings, tokenizer).eval()
     with torch.no_grad():
         for weight in model.parameters():
-            if weight.dim() > 1:  # attention of weights as initialised is all but uniform
+            if weight.dim() > 1:  # Attention of weights as initialised is all but uniform
                 weight.mul_(0.16 / weight.std())
     path = tmp_path_factory.mktemp("served")
     record_training_format(model, tokenizer, "vicuna_bare", "pad")
@@ -196,7 +196,7 @@ class Server:
             start_new_session=True,
         )
         self.output: list[str] = []
-        self.ready = threading.Event()  # or ended
+        self.ready = threading.Event()  # Or ended
         self.reader = threading.Thread(target=self._read)
         self.reader.start()
 

@@ -39,7 +39,7 @@ def slow(
 ) -> tuple[Tensor, list[list[int]], list[bool]]:
     """Equations 5-8 of one image: the output tokens, the input tokens that each holds, and which are clusters."""
     ranked = sorted(range(len(tokens)), key=lambda patch: (-float(ips[patch]), patch))
-    primary, redundant = ranked[: stage.kept], ranked[stage.kept :]  # eq. 5, 6
+    primary, redundant = ranked[: stage.kept], ranked[stage.kept :]  # Eq. 5, 6
     outputs = [(tokens[patch], [patch], False) for patch in primary]
     if stage.clusters:
         label = kmeans(tokens[redundant].unsqueeze(0), stage.clusters, vmtc.iterations)[0].tolist()
@@ -47,11 +47,11 @@ def slow(
             members = [patch for patch, number in zip(redundant, label, strict=True) if number == cluster]
             shared = {"normalized": members, "total": redundant}.get(vmtc.weights)
             total = sum(float(ips[patch]) for patch in shared) if shared else 1.0
-            merged = torch.stack([ips[patch] * tokens[patch] for patch in members]).sum(dim=0) / total  # eq. 7
+            merged = torch.stack([ips[patch] * tokens[patch] for patch in members]).sum(dim=0) / total  # Eq. 7
             outputs.append((merged, members, True))
     if vmtc.order == "spatial":
         outputs.sort(key=lambda output: min(output[1]))
-    values, members, cluster = zip(*outputs, strict=True)  # eq. 8
+    values, members, cluster = zip(*outputs, strict=True)  # Eq. 8
     return torch.stack(values), list(members), list(cluster)
 
 
@@ -65,7 +65,7 @@ def test_half_of_576_patches_in_three_stages() -> None:
 
 @pytest.mark.parametrize(("tokens", "outs"), [(288, [457, 363, 288]), (64, [277, 133, 64]), (36, [229, 91, 36])])
 def test_the_papers_budgets_of_tokens(tokens: int, outs: list[int]) -> None:
-    assert [stage.out for stage in VMTC(tokens=tokens).plan_stages(576, 23)] == outs
+    assert [stage.num_tokens_out for stage in VMTC(tokens=tokens).plan_stages(576, 23)] == outs
 
 
 @pytest.mark.parametrize("ratio", [0.0, 0.1, 0.3, 0.5, 0.7, 0.9])
@@ -73,13 +73,18 @@ def test_the_papers_budgets_of_tokens(tokens: int, outs: list[int]) -> None:
 @pytest.mark.parametrize("stages", [1, 2, 6, (0, 22), (-3, -1)], ids=str)
 def test_a_ratio_is_met_however_it_is_spread(ratio: float, budget_schedule: Any, stages: Any) -> None:
     schedule = VMTC(ratio=ratio, budget_schedule=budget_schedule, stages=stages).plan_stages(576, 23)
-    assert schedule[-1].out == round(576 * (1 - ratio))
-    assert all(one.out >= other.out and one.block < other.block for one, other in pairwise(schedule))
+    assert schedule[-1].num_tokens_out == round(576 * (1 - ratio))
+    assert all(
+        stage.num_tokens_out >= following.num_tokens_out and stage.block < following.block
+        for stage, following in pairwise(schedule)
+    )
 
 
 def test_a_geometric_fall_keeps_the_same_share_and_a_linear_one_removes_the_same_number() -> None:
-    assert [stage.out for stage in VMTC(tokens=10, stages=2).plan_stages(1000, 23)] == [100, 10]
-    assert [stage.out for stage in VMTC(tokens=10, stages=3, budget_schedule="linear").plan_stages(1000, 23)] == [
+    assert [stage.num_tokens_out for stage in VMTC(tokens=10, stages=2).plan_stages(1000, 23)] == [100, 10]
+    assert [
+        stage.num_tokens_out for stage in VMTC(tokens=10, stages=3, budget_schedule="linear").plan_stages(1000, 23)
+    ] == [
         670,
         340,
         10,
@@ -104,7 +109,7 @@ def test_kept_and_clusters_of_each_stage() -> None:
 def test_a_number_of_clusters_is_taken_from_the_budget(clusters: Any) -> None:
     schedule = VMTC(tokens=64, clusters=clusters).plan_stages(576, 23)
     assert tuple(stage.clusters for stage in schedule) == (clusters if isinstance(clusters, tuple) else (clusters,) * 3)
-    assert [stage.out for stage in schedule] == [277, 133, 64]
+    assert [stage.num_tokens_out for stage in schedule] == [277, 133, 64]
 
 
 def test_half_of_64_patches_in_three_stages_of_a_small_tower() -> None:
@@ -145,8 +150,8 @@ def test_compress_equals_equations_5_to_8_token_by_token(weights: Any, order: An
         expected, members, merged = slow(tokens[image], ips[image], stage, vmtc)
         torch.testing.assert_close(outputs[image], expected, rtol=1e-5, atol=1e-6)
         assert cluster[image].tolist() == merged
-        held = [[patch for patch in range(20) if slot[image, patch] == out] for out in range(len(expected))]
-        assert held == [sorted(patches) for patches in members]
+        members_by_token = [[patch for patch in range(20) if slot[image, patch] == out] for out in range(len(expected))]
+        assert members_by_token == [sorted(patches) for patches in members]
 
 
 @pytest.mark.parametrize("seed", range(20))
@@ -162,8 +167,10 @@ def test_compress_equals_the_equations_at_random_shapes_and_settings(seed: int) 
         expected, members, merged = slow(tokens[image], ips[image], CompressionStage(0, kept, clusters), vmtc)
         torch.testing.assert_close(outputs[image], expected, rtol=1e-4, atol=1e-5)
         assert cluster[image].tolist() == merged
-        held = [[patch for patch in range(patches) if slot[image, patch] == out] for out in range(len(expected))]
-        assert held == [sorted(patches) for patches in members]
+        members_by_token = [
+            [patch for patch in range(patches) if slot[image, patch] == out] for out in range(len(expected))
+        ]
+        assert members_by_token == [sorted(patches) for patches in members]
 
 
 @pytest.mark.parametrize("seeds", ["strided", "farthest", "random"])
@@ -300,7 +307,7 @@ def test_sinks_are_patches_of_a_norm_far_above_the_median(sink_norm: float) -> N
 def test_no_sink_is_a_primary_token_while_another_patch_is_left(weights: Any, clusters: int) -> None:
     tokens, ips = example()
     tokens[:, [3, 8]] *= 30
-    ips[:, [3, 8]] = 0.4  # sinks draw most of the attention
+    ips[:, [3, 8]] = 0.4  # Sinks draw most of the attention
     stage, vmtc = CompressionStage(0, 12, clusters), VMTC(order="rank", weights=weights)
     _, kept, _ = compress_tokens(tokens, ips, stage, vmtc)
     assert (kept[:, [3, 8]] < 2).all()
@@ -389,7 +396,7 @@ def test_assignment_follows_every_patch_through_all_stages() -> None:
     ids=str,
 )
 def test_a_wrong_setting_is_named(monkeypatch: pytest.MonkeyPatch, wrong: dict[str, Any]) -> None:
-    monkeypatch.setattr(jaxtyping.config, "jaxtyping_disable", True)  # it would name some of these first
+    monkeypatch.setattr(jaxtyping.config, "jaxtyping_disable", True)  # It would name some of these first
     ((name, value),) = wrong.items()
     with pytest.raises(ValueError, match=re.escape(f"{name}: got {value!r}, allowed: ")):
         VMTC(**wrong)

@@ -10,7 +10,7 @@ from transformers import LlamaConfig, LlamaForCausalLM
 HEADS, KEY_HEADS = 4, 2
 TOKENS = ["<unk>", "<s>", "</s>", "<|endoftext|>", "y", "e", "s", "n", "o", "Ġ", "?", "ye", "yes", "no"]
 MERGES = ["y e", "ye s", "n o"]
-CONTROL, NORMAL = 3, 1  # types of tokens
+CONTROL, NORMAL = 3, 1  # Types of tokens
 NAMES = {
     "model.embed_tokens": "token_embd",
     "model.norm": "output_norm",

@@ -137,8 +137,17 @@ def test_seeds_that_do_not_agree_make_a_difference_noise() -> None:
 
 def test_a_difference_from_itself_is_noise() -> None:
     same = metric(np.random.default_rng(6), 40)
-    assert bootstrap_difference([same], [same]) == Difference(0.0, 0.0, 0.0, seeds_agree=False)
+    assert bootstrap_difference([same], [same]) == Difference(0.0, 0.0, 0.0, seeds_agree=False, differing_units=0)
     assert bootstrap_difference([same], [same]).is_noise
+
+
+@pytest.mark.parametrize("units", range(1, 9))
+def test_a_difference_is_one_from_as_many_units_as_a_permutation_test_needs(units: int) -> None:
+    """Every unit favours the same model, so the bootstrap has no variance."""
+    right, wrong = (Metric([Outcome("all", str(unit), value) for unit in range(units)]) for value in (1.0, 0.0))
+    result = bootstrap_difference([right], [wrong])
+    assert (result.low, result.high) == (1, 1)
+    assert result.is_noise == (2 / 2**units > 0.05)
 
 
 def test_the_order_of_outcomes_means_nothing() -> None:

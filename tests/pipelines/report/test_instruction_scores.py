@@ -8,9 +8,9 @@ from pipelines.data.easy_vqa import INSTRUCTIONS_WITH_IMAGES
 from pipelines.report.instruction_scores import add_split_metrics, list_taught, split_by_teaching
 from pipelines.report.scores import make_score_line
 from redux.benchmarks import Metric, Outcome
-from redux.benchmarks.instructions import ImageQuestion, build_questions, compute_metrics, judge_row
+from redux.benchmarks.instructions import ImageQuestion, build_questions, compute_metrics
 from redux.held_out_instructions import HELD_OUT_INSTRUCTIONS
-from redux.instructions import INSTRUCTIONS
+from redux.instructions import INSTRUCTIONS, follows_strictly
 
 QUESTIONS = [ImageQuestion(id=f"q{number}", image=None, question="What is it?", answer="red") for number in range(8)]
 
@@ -44,8 +44,12 @@ def test_scores_are_split_into_taught_and_untaught_tasks() -> None:
         f"instructions.{kind}_{part}" for kind in ("strict", "loose") for part in ("taught", "untaught")
     }
     for part, is_taught in (("taught", True), ("untaught", False)):
-        of_part = [row for row in rows if (row["instruction_id"] in INSTRUCTIONS_WITH_IMAGES) == is_taught]
-        expected = sum(judge_row(row)["strict"] for row in of_part) / len(of_part)
+        verdicts = [
+            follows_strictly(row["instruction_id"], row["kwargs"], row["response"])
+            for row in rows
+            if (row["instruction_id"] in INSTRUCTIONS_WITH_IMAGES) == is_taught
+        ]
+        expected = sum(verdicts) / len(verdicts)
         assert split[f"instructions.strict_{part}"].score == pytest.approx(expected)
 
 

@@ -77,8 +77,10 @@ def test_effects_are_those_of_the_papers_text() -> None:
 )
 def test_an_outcome_follows_from_the_interval(claim: PaperClaim, low: float, high: float, outcome: str) -> None:
     interval = Interval((low + high) / 2, low, high)
-    assert decide(claim, interval, 2)[0] == outcome
-    assert decide(claim, interval, 1) == ("cannot tell", "One seed has no interval over trainings.")
+    assert decide(claim, interval, 2, 30)[0] == outcome
+    assert decide(claim, interval, 1, 30) == ("cannot tell", "One seed has no interval over trainings.")
+    few = "The interval is over 29 images or questions, and needs 30."
+    assert decide(claim, interval, 2, 29) == ("cannot tell", few)
 
 
 def test_the_paper_cannot_have_shown_its_smallest_effects() -> None:

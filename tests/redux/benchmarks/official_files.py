@@ -100,7 +100,7 @@ def texts(seed: int, count: int) -> list[str]:
     return ["".join(rng.choice(parts) for _ in range(rng.randrange(1, 7))) for _ in range(count)]
 
 
-SUBTASKS = {"artwork": True, "existence": False, "OCR": False, "code_reasoning": False}  # whether with subfolders
+SUBTASKS = {"artwork": True, "existence": False, "OCR": False, "code_reasoning": False}  # Whether with subfolders
 
 
 def picture() -> bytes:
@@ -124,7 +124,7 @@ def tsv(rows: list[dict[str, Any]]) -> str:
 
 
 def mmbench_row(index: int, answer: str, *options: str, **others: str) -> dict[str, Any]:
-    code = base64.b64encode(picture() + bytes(200_000)).decode()  # longer than the field limit of Python's csv
+    code = base64.b64encode(picture() + bytes(200_000)).decode()  # Longer than the field limit of Python's csv
     shown = dict(zip("ABCD", options, strict=False))
     return {
         "index": index, "question": f"what is {index % 1_000_000}?", "answer": answer, **shown, "image": code,

@@ -90,7 +90,7 @@ def test_scrambled_answers_score_less_and_none_score_nothing(name: str, write: W
     questions, right = example.questions, example.find_right_answers()
     best, missing = scored(name, questions, right)
     assert missing == 0
-    # the main metric is the first, and that of the column in tables
+    # The main metric is the first, and that of the column in tables.
     main = next(iter(best))
     assert f"{name}.{main}" in {column.source for column in BENCHMARK_COLUMNS}
     assert best[main].score == example.score

@@ -71,7 +71,7 @@ def test_mmbench_counts_a_question_only_if_all_its_rotations_are_right(write: Wr
         ("(B) a cat", "B"),
         ("The answer is: B", "B"),
         ("A or B", None),
-        ("A cat sits on the red mat", None),  # the letter is too far from the end, and two options are quoted
+        ("A cat sits on the red mat", None),  # The letter is too far from the end, and two options are quoted
         ("it is Red", "C"),
         ("Z", None),
         ("a cat, a dog", None),

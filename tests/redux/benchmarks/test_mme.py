@@ -30,7 +30,7 @@ def official_mme(folder: Path) -> tuple[dict[str, float], float]:
     for file in sorted(folder.glob("*.txt")):
         lines = file.read_text().splitlines(keepends=True)
         right, pairs = 0, 0
-        for pair in (lines[at : at + 2] for at in range(0, len(lines), 2)):
+        for pair in (lines[start : start + 2] for start in range(0, len(lines), 2)):
             correct = 0
             for line in pair:
                 _, _, truth, said = line.lower().split("\t")

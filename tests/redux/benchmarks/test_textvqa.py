@@ -39,7 +39,7 @@ def test_textvqa_is_soft_accuracy_and_tells_llavas_questions_apart_by_prompt(
     assert answers == dict(zip(["34602", "34603", "34604"], said, strict=True))
     official = [{"question_id": int(key), "answer": text} for key, text in answers.items()]
     assert textvqa.read_answers(write("results.json", official), questions) == answers
-    # three people said it, because three said 2 or two
+    # Three people said it, because three said 2 or two.
     assert scores("textvqa", questions, answers) == {"accuracy": pytest.approx((0.9 + 1 + 0.9) / 3)}
 
 

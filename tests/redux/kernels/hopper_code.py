@@ -12,7 +12,7 @@ from collections.abc import Callable
 from types import SimpleNamespace
 from typing import Any
 
-# before the first import of triton: an interpreted kernel has no code
+# Before the first import of triton: an interpreted kernel has no code.
 os.environ.pop("TRITON_INTERPRET", None)
 
 import torch

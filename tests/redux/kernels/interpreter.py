@@ -1,11 +1,11 @@
-"""Three gaps of Triton's interpreter (3.6 to 3.9), closed for tests.  Import this module before kernels run.
+"""Three gaps of Triton's interpreter (3.6 to 3.9), closed for tests. Import this module before kernels run.
 
-NumPy 2.4 no longer converts an array of one element to an int, which loops with computed bounds need (3.6).  Products
-of bfloat16, which NumPy lacks, multiply the integers that stand for the numbers.  A comparison of scalars has the type
+NumPy 2.4 no longer converts an array of one element to an int, which loops with computed bounds need (3.6). Products
+of bfloat16, which NumPy lacks, multiply the integers that stand for the numbers. A comparison of scalars has the type
 of its operands, so combined with a block of booleans it gives a mask of integers, which 3.9 refuses.
 
 The interpreter also replaces the functions of the language at each call of a device function, which took 40 % of the
-time.  Here a kernel does so once, at its launch.
+time. Here a kernel does so once, at its launch.
 """
 
 from typing import Any

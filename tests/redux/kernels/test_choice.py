@@ -16,7 +16,7 @@ CPU, GPU = torch.device("cpu"), torch.device("cuda")
 @pytest.fixture(autouse=True)
 def restored_state(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     """Start with the choice "auto", no message logged, Triton and its interpreter; restore the choice afterwards."""
-    monkeypatch.setattr(kernels, "_reported", set())
+    monkeypatch.setattr(kernels, "_logged_choices", set())
     monkeypatch.setattr(kernels, "find_spec", lambda name: object())
     monkeypatch.setenv("TRITON_INTERPRET", "1")
     before = kernels.get_kernels()
@@ -67,7 +67,7 @@ def test_each_decision_is_logged_once(caplog: pytest.LogCaptureFixture) -> None:
 
 
 def test_an_unknown_choice_is_an_error(monkeypatch: pytest.MonkeyPatch) -> None:
-    # the type checker of tests would refuse it first
+    # The type checker of tests would refuse it first.
     monkeypatch.setattr(jaxtyping.config, "jaxtyping_disable", True)
     with pytest.raises(ValueError, match="kernels: got 'fast', allowed: auto, plain, fused"):
         redux.set_kernels("fast")  # type: ignore[arg-type]

@@ -19,7 +19,7 @@ def compress_both(tokens: Tensor, ips: Tensor, stage: CompressionStage, vmtc: VM
     for choice in PLAIN_AND_FUSED:
         set_kernels(choice)
         leaves = [tokens.clone().requires_grad_(), ips.clone().requires_grad_()]
-        # as in the tower, the patches are a view behind the class token
+        # As in the tower, the patches are a view behind the class token.
         padded = torch.cat([leaves[0][:, :1], leaves[0]], dim=1)
         merged, slot, cluster = compress_tokens(padded[:, 1:], leaves[1], stage, vmtc, **options)
         slope = noise(*merged.shape, seed=9).to(merged.dtype)
@@ -46,7 +46,7 @@ def test_equals_the_plain_version_at_random_shapes_and_settings(seed: int) -> No
     assert torch.equal(fused[2], plain[2])
     torch.testing.assert_close(fused[0], plain[0], rtol=1e-4, atol=1e-5)
     torch.testing.assert_close(fused[3], plain[3], rtol=1e-4, atol=1e-5)
-    torch.testing.assert_close(fused[4], plain[4], rtol=1e-4, atol=3e-4)  # differences of values up to 100
+    torch.testing.assert_close(fused[4], plain[4], rtol=1e-4, atol=3e-4)  # Differences of values up to 100
 
 
 def test_bfloat16_tokens_equal_the_plain_version_up_to_rounding() -> None:

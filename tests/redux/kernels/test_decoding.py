@@ -65,7 +65,9 @@ def decode(
 ) -> tuple[Tensor, FocusRows]:
     """Compute the attention of the tokens after a prompt, and their cache; the prompt is always plain."""
     total, heads = PROMPT + NEW, 4
-    query, key, value = (draw(BATCH, count, total, DIM, seed=count + at) for at, count in enumerate((heads, 2, 2)))
+    query, key, value = (
+        draw(BATCH, count, total, DIM, seed=count + number) for number, count in enumerate((heads, 2, 2))
+    )
     key, value = (tensor[:, :1].expand(-1, kv_heads, -1, -1).to(dtype) for tensor in (key, value))
     query = torch.zeros_like(query, dtype=dtype) if ties else query.to(dtype)
     image = make_image_mask(generated)
@@ -73,7 +75,7 @@ def decode(
     hidden = {"left": slice(0, 4), "right": slice(60, 66), "image": slice(8, 12)}[padding]
     visible[1, :, :, hidden] = False
     module, cache, outputs = attention_module(heads // kv_heads), FocusCache(), []
-    pieces = [(0, PROMPT), *((at, at + 1) for at in range(PROMPT, total))]
+    pieces = [(0, PROMPT), *((position, position + 1) for position in range(PROMPT, total))]
     for start, end in pieces:
         set_kernels("plain" if end - start > 1 else kernels)
         inhibition = Inhibition.for_forward(cmai, 2, image[:, start:end], cache, training=False)

@@ -1,6 +1,6 @@
 """On a Hopper GPU no load of a kernel overwrites a tile that a running product still reads.
 
-Triton lets a product run on while the next tiles are loaded.  Where a loop also reads these tiles without tensor cores,
+Triton lets a product run on while the next tiles are loaded. Where a loop also reads these tiles without tensor cores,
 Triton 3.6 reserves no further buffer for that, and results change from run to run.
 """
 
@@ -13,13 +13,13 @@ import pytest
 
 
 def overwrites_operands(stages: int, code: str) -> bool:
-    """Tell if products may outlast the tiles that they read.
+    """Return True if products may outlast the tiles that they read.
 
     Args:
         stages: stages of the software pipeline.
         code: a kernel in Triton's GPU dialect.
     """
-    # products that may still run when the next load starts, and tiles that fit into the buffer of each load
+    # Products that may still run when the next load starts, and tiles that fit into the buffer of each load.
     pending = [int(number) for number in re.findall(r"warp_group_dot_wait.*pendings = (\d+)", code)]
     tiles = [int(number) for number in re.findall(r"local_alloc : \(\) -> !ttg\.memdesc<(\d+)x\d+x\d+x", code)]
     return max(pending, default=0) > 0 and min(tiles, default=stages) < stages

@@ -56,7 +56,7 @@ def test_more_than_one_token_is_moved_by_falling_distance_into_empty_clusters() 
     tokens = torch.tensor([[others.get(position, seed) for position in range(12)]], device=DEVICE) / 2
     plain, fused = label_both(tokens, 5, 1, "strided")
     assert torch.equal(fused, plain)
-    # tokens 6, 5, 11 and 8 are the least similar to the seed
+    # Tokens 6, 5, 11 and 8 are the least similar to the seed.
     assert plain[0, [6, 5, 11, 8]].tolist() == [1, 2, 3, 4]
 
 

@@ -21,7 +21,7 @@ def small_tiles(monkeypatch: pytest.MonkeyPatch) -> None:
     if DEVICE.type == "cpu":
         for name, tiles in (("FORWARD", (32, 16)), ("QUERY_GRADIENT", (32, 16)), ("KEY_GRADIENT", (16, 32))):
             monkeypatch.setattr(kernels, f"{name}_TILES", dict.fromkeys((2, 4), Tiles(*tiles, 4, 2)))
-    # the logarithm of a row that sees no key is replaced afterwards
+    # The logarithm of a row that sees no key is replaced afterwards.
     warnings.filterwarnings("ignore", category=RuntimeWarning, module="triton")
 
 
@@ -64,7 +64,7 @@ def test_masked_attention_equals_attention_with_an_explicit_mask(case: str) -> N
         visible = visible & mask.pairs.unsqueeze(1)
     out = masked_attention(query, key, value, 0.3, padding, mask)
     shared = (tensor.repeat_interleave(heads // kv_heads, dim=1) for tensor in (key, value))
-    with sdpa_kernel(SDPBackend.MATH):  # fast kernels give rows that see no key other values than zero
+    with sdpa_kernel(SDPBackend.MATH):  # Fast kernels give rows that see no key other values than zero
         expected = F.scaled_dot_product_attention(query, *shared, attn_mask=visible, scale=0.3)
     change = noise(2, LENGTH, heads, dim, dtype=dtype, seed=3).detach()
     results = [out, *torch.autograd.grad(out, (query, key, value), change)]
@@ -72,7 +72,7 @@ def test_masked_attention_equals_attention_with_an_explicit_mask(case: str) -> N
     tolerance = 1e-5 if dtype == torch.float32 else 0.05
     for result, want in zip(results, wanted, strict=True):
         torch.testing.assert_close(result, want, rtol=tolerance, atol=tolerance)
-    if padded:  # rows that see no key
+    if padded:  # Rows that see no key
         assert (out[0, :, :7] == 0).all()
 
 

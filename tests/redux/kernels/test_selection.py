@@ -17,13 +17,13 @@ def decide(kind: str, quantile: Any, gamma: float, padded: bool) -> tuple[torch.
     """Return the pairs that the kernel keeps, and those that the plain code keeps."""
     generator = torch.Generator().manual_seed(len(kind))
     is_image = torch.rand(3, LENGTH, generator=generator) < 0.5
-    is_image[0, 9:], is_image[1, :3], is_image[2] = False, False, False  # sequences of several lengths, and none
+    is_image[0, 9:], is_image[1, :3], is_image[2] = False, False, False  # Sequences of several lengths, and none
     columns = is_image.long().argsort(dim=1, descending=True, stable=True)[:, : int(is_image.sum(dim=1).max())]
     valid = is_image.gather(1, columns)
     slots = (is_image.cumsum(dim=1) - 1).masked_fill(~is_image, -1).int()
     focus = torch.randn(3, LENGTH - FIRST, columns.shape[1], generator=generator)
     if kind == "ties":
-        focus = (focus * 2).round() / 8  # also 0 and -0
+        focus = (focus * 2).round() / 8  # Also 0 and -0
     elif kind == "equal":
         focus = torch.full_like(focus, 0.25)
     padding = None
@@ -37,8 +37,8 @@ def decide(kind: str, quantile: Any, gamma: float, padded: bool) -> tuple[torch.
     expected = torch.ones(3, LENGTH, LENGTH, dtype=torch.bool)
     for sequence, row in ((sequence, row) for sequence in range(3) for row in range(FIRST, LENGTH)):
         if not is_image[sequence, row]:
-            of_sequence = columns[sequence][valid[sequence]]
-            expected[sequence, row, of_sequence] = kept[sequence, row - FIRST, : len(of_sequence)]
+            sequence_columns = columns[sequence][valid[sequence]]
+            expected[sequence, row, sequence_columns] = kept[sequence, row - FIRST, : len(sequence_columns)]
     mask = make_key_mask(3, LENGTH, DEVICE)
     focus, columns, valid, slots = (tensor.to(DEVICE) for tensor in (focus, columns, valid, slots))
     padding = padding.to(DEVICE) if padding is not None else None
