@@ -25,6 +25,7 @@ from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
 from pipelines.core import storage
 from pipelines.core.failures import Failure, Kind
+from pipelines.core.words import pluralize
 from pipelines.data import consumed
 from pipelines.data.consumed import ConsumedSamples
 from pipelines.training import ledger
@@ -200,7 +201,8 @@ class Recorder:
         if self.status.failure_reason or self.stop_requested:
             return None
         if self.has_begun:
-            self.add_message(f"{self.settings.stage}: restarted with {workers} workers after step {cursor}")
+            count = pluralize(workers, "worker")
+            self.add_message(f"{self.settings.stage}: restarted with {count} after step {cursor}")
         self.has_begun = True
 
         # Reopen the files: steps after the cursor are cut off, because they are done again.

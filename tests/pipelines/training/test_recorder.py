@@ -239,7 +239,7 @@ def test_each_message_is_delivered_once(make_recorder: Callable[..., Recorder]) 
     assert (status.step, status.loss, status.messages) == (1, 0.5, [])
     assert recorder.begin(0, 1, 0, 1.0, [], "") is not None
     status = recorder.poll()
-    assert (status.step, status.messages) == (0, ["tower: restarted with 1 workers after step 0"])
+    assert (status.step, status.messages) == (0, ["tower: restarted with 1 worker after step 0"])
     assert recorder.poll().messages == []
 
 
