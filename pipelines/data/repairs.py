@@ -1,7 +1,8 @@
 """Repairs of rejected records, where only one repair is possible and no learned text is invented.
 
 - A last turn of "human" without an answer, and a last round with an empty answer, are left out: nothing is learned of
-  them. A first turn of "gpt" is left out, as LLaVA's trainer does.
+  them. A first turn of "gpt" is left out, as LLaVA's trainer does, unless the two roles may be exchanged: if the
+  last turn is of "human", questions would become learned answers.
 - `<image>` is put before the first question of a record with an image and without a tag.
 - Another program's tag of an image, such as `<|image|>`, becomes `<image>` if it is the only one and there is an image.
 - `<image>` in each question about one image stays in the first question alone.
@@ -74,7 +75,8 @@ def _repair_order(record: dict[str, Any]) -> Repair | None:
     turns: Turns = record["conversations"]
     first = count_system_turns(turns)
     roles = [turn["from"] for turn in turns[first:]]
-    if len(roles) > 2 and roles[0] == "gpt":
+    may_be_exchanged = roles[-1:] == ["human"]
+    if len(roles) > 2 and roles[0] == "gpt" and not may_be_exchanged:
         return _with_turns(record, turns[:first] + turns[first + 1 :], "leaves out the first turn, of gpt")
     alternates = all(role == ("human", "gpt")[number % 2] for number, role in enumerate(roles))
     if len(roles) > 2 and alternates and roles[-1] == "human":
