@@ -14,7 +14,7 @@ REASON_ADVICE = {
     "malformed": "write each turn with from and value as text; repair or remove a damaged line; name columns of other "
     "names by --columns, such as --columns conversations=chat (columns: {conversations: chat} in a job file)",
     "duplicate": "remove the copies; --fix leaves them out, and does not count them as rejected",
-    "turn order": "merge or remove turns, so that questions and answers alternate; if all records begin with gpt, check "
+    "turn order": "merge or remove turns, so that questions and answers alternate; if all begin with gpt, check "
     "which role is which; tool calls are not read",
     "empty turn": "remove the round, or write the missing text",
     "broken text": "write the file again in UTF-8",
