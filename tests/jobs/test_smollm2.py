@@ -156,9 +156,9 @@ def test_shares_divide_the_runs_and_keep_evaluations_with_their_models(
     recipe: Study, tmp_path: Path, total: int
 ) -> None:
     jobs = [name for name in study.list_jobs(recipe, tmp_path) if name != study.SHARED]
-    shares = [Share(number, total).select(recipe) for number in range(1, total + 1)]
+    shares = [Share(number, total).select_runs(recipe) for number in range(1, total + 1)]
     assert sorted(name for share in shares for name in share) == sorted(jobs)
-    assert shares == [Share(number, total).select(recipe) for number in range(1, total + 1)]
+    assert shares == [Share(number, total).select_runs(recipe) for number in range(1, total + 1)]
     for name, applied in recipe.applied.items():
         if applied.variant != study.SHARED:
             for seed in recipe.list_seeds(applied.variant):
