@@ -30,7 +30,7 @@ from pipelines.data import ingest
 from pipelines.training.checkpoint import RefusedError
 from pipelines.training.feature_writer import compute_tower_digest
 from pipelines.training.plan import LearningRateSchedule, StagePlan
-from pipelines.training.stage import Part, Stage
+from pipelines.training.stage import ModelPart, Stage
 from redux import contrastive, model
 from redux.architecture import TowerSizes
 from redux.contrastive import ContrastiveClip
@@ -78,12 +78,12 @@ class LlavaWithLoss(torch.nn.Module):
         if image_features is not None:
             batch["mm_encoder_outputs"] = {"image": self.llava.model.project_features(image_features)}
         hidden = self.llava.model(**batch, use_cache=False).last_hidden_state
-        learned = labels[:, 1:] != IGNORE_INDEX
-        logits = self.llava.lm_head(hidden[:, :-1][learned]).float()
-        losses = F.cross_entropy(logits, labels[:, 1:][learned], reduction="none")
+        is_labelled = labels[:, 1:] != IGNORE_INDEX
+        logits = self.llava.lm_head(hidden[:, :-1][is_labelled]).float()
+        losses = F.cross_entropy(logits, labels[:, 1:][is_labelled], reduction="none")
         # each token has the weight of its sample
-        token_weight = weight[:, None].expand_as(learned) if sample_index is None else weight[sample_index[:, 1:]]
-        return (losses * token_weight[learned]).sum()
+        token_weight = weight[:, None].expand_as(is_labelled) if sample_index is None else weight[sample_index[:, 1:]]
+        return (losses * token_weight[is_labelled]).sum()
 
 
 class ClipWithLoss(torch.nn.Module):
@@ -299,7 +299,7 @@ def build_engine(plan: StagePlan, workers: int) -> DeepSpeedEngineProtocol:
 
 def select_trained(
     module: torch.nn.Module, parts: Mapping[str, list[torch.nn.Parameter]], stage: Stage
-) -> dict[Part, list[torch.nn.Parameter]]:
+) -> dict[ModelPart, list[torch.nn.Parameter]]:
     """Prepare a module for training: parts with a learning rate train, all others are frozen. Returns the former."""
     module.train()
     for parameter in module.parameters():

@@ -112,13 +112,13 @@ def write_features(source: str, out: str, model: ReduxModel, format: FeatureForm
     # the format comes first, so that a second start with other settings is refused
     shards = Shards(source)
     fingerprint = shards.fingerprint
-    found = read_format(out)
-    if found and found[:2] != (format, fingerprint):
+    stored_format = read_format(out)
+    if stored_format and stored_format[:2] != (format, fingerprint):
         raise ValueError(
             f"{out}: contains features of another set, tower or form of images, allowed: an empty folder; delete it, "
             "or name another"
         )
-    write_format(out, format, fingerprint, is_finished=bool(found and found[2]))
+    write_format(out, format, fingerprint, is_finished=bool(stored_format and stored_format[2]))
     storage.remove_partial(out)
     # a file is there if its shard is done, since files are written atomically
     sizes = shards.shard_sizes

@@ -161,7 +161,7 @@ def trace(shape: ModelShape, samples: Sequence[SampleShape], device: Device, is_
 
 
 def takes_gradients(plan: StagePlan) -> bool:
-    """Tell if gradients leave the backward pass at once."""
+    """Return True if gradients leave the backward pass at once."""
     stage = plan.stage
     return stage.zero_stage >= 2 or (stage.zero_stage == 1 and stage.precision == "bf16")
 
@@ -221,7 +221,8 @@ def _count_states(shape: ModelShape, workers: int) -> _States:
     """Count what DeepSpeed 0.19 keeps and makes, in bytes."""
     stage = shape.plan.stage
     width = DTYPES[stage.precision].itemsize
-    trained, share_of_rank = shape.num_trained, -(-shape.num_trained // workers)
+    trained = shape.num_trained
+    share_of_rank = -(-trained // workers)
     bucket = width * min(trained, MAX_REDUCE_BUCKET_SIZE)
     weights = width * shape.num_elements
     # fp32 gradients of one part of the model, as its optimizer gets them
@@ -233,32 +234,38 @@ def _count_states(shape: ModelShape, workers: int) -> _States:
         return _count_whole_states(shape, workers)
     if stage.zero_stage == 1:
         # the gradients of all weights stay until the update, as fp32
-        kept = FP32_BYTES * trained if accumulates else 0
         return _States(
-            weights,
-            12 * share_of_rank,
-            kept,
-            bucket,
-            FP32_BYTES * trained + bucket,
-            FP32_BYTES * share_of_rank + update,
+            weights=weights,
+            optimizer=12 * share_of_rank,
+            kept_gradients=FP32_BYTES * trained if accumulates else 0,
+            buckets=bucket,
+            reduction=FP32_BYTES * trained + bucket,
+            update=FP32_BYTES * share_of_rank + update,
         )
     if stage.zero_stage == 2:
         states = _States(
-            weights,
-            12 * share_of_rank,
-            accumulated,
-            bucket,
-            bucket + FP32_BYTES * share_of_rank,
-            FP32_BYTES * share_of_rank + update,
+            weights=weights,
+            optimizer=12 * share_of_rank,
+            kept_gradients=accumulated,
+            buckets=bucket,
+            reduction=bucket + FP32_BYTES * share_of_rank,
+            update=FP32_BYTES * share_of_rank + update,
         )
     else:
         # this worker's share, and the weights that are gathered while they are used
         gathered = width * min(shape.num_elements, MAX_LIVE_PARAMETERS)
         weights = -(-weights // workers) + gathered
-        kept = FP32_BYTES * share_of_rank + bucket
+        gradient_bytes = FP32_BYTES * share_of_rank + bucket
         # a full bucket is copied when it is summed, within the backward pass unless it holds all gradients
-        copy = bucket if trained > MAX_REDUCE_BUCKET_SIZE else 0
-        states = _States(weights, 12 * share_of_rank, kept, copy, kept + bucket, kept + update)
+        bucket_copy = bucket if trained > MAX_REDUCE_BUCKET_SIZE else 0
+        states = _States(
+            weights=weights,
+            optimizer=12 * share_of_rank,
+            kept_gradients=gradient_bytes,
+            buckets=bucket_copy,
+            reduction=gradient_bytes + bucket,
+            update=gradient_bytes + update,
+        )
     return _offload(states, shape, workers)
 
 
@@ -267,17 +274,17 @@ def _count_whole_states(shape: ModelShape, workers: int) -> _States:
     stage, trained = shape.plan.stage, shape.num_trained
     width = DTYPES[stage.precision].itemsize
     gradients = width * trained
-    kept = gradients if stage.count_accumulation_steps(workers) > 1 else 0
+    accumulates = stage.count_accumulation_steps(workers) > 1
     # a flat copy in which gradients are summed over ranks
-    flat = width * min(trained, MAX_REDUCE_BUCKET_SIZE) if workers > 1 else 0
+    flat_copy = width * min(trained, MAX_REDUCE_BUCKET_SIZE) if workers > 1 else 0
     is_half = stage.precision == "bf16"
     return _States(
-        width * shape.num_elements,
-        (12 if is_half else 8) * trained,
-        kept,
-        0,
-        gradients + flat,
-        gradients + (FP32_BYTES * trained if is_half else 0),
+        weights=width * shape.num_elements,
+        optimizer=(12 if is_half else 8) * trained,
+        kept_gradients=gradients if accumulates else 0,
+        buckets=0,
+        reduction=gradients + flat_copy,
+        update=gradients + (FP32_BYTES * trained if is_half else 0),
     )
 
 

@@ -141,11 +141,11 @@ class StagePlan:
         Raises:
             ValueError: the images were prepared differently from the settings of the stage.
         """
-        wanted = (self.image_size, self.image_aspect_ratio)
-        if prepared not in (None, wanted):
+        required = (self.image_size, self.image_aspect_ratio)
+        if prepared not in (None, required):
             raise ValueError(
-                f"train.{self.name}.data: {name} has images prepared as {prepared}, allowed: {wanted}, the image size "
-                "of the tower and image_aspect_ratio, or original images"
+                f"train.{self.name}.data: {name} has images prepared as {prepared}, allowed: {required}, the image "
+                "size of the tower and image_aspect_ratio, or original images"
             )
 
     def open_features(self, sources: dict[str, Shards]) -> dict[str, StoredFeatures]:
@@ -173,7 +173,7 @@ class StagePlan:
                     f"data.features: got none for {name}, which train.{self.name} mixes with "
                     f"{', '.join(self.features)}; allowed: features of each set with images, or none"
                 )
-        wanted = {
+        required = {
             "image_size": self.image_size,
             "image_aspect_ratio": self.image_aspect_ratio,
             "image_backend": stage.image_backend,
@@ -181,10 +181,11 @@ class StagePlan:
             "tokens": self.image_tokens,
         }
         for name, stored in opened.items():
-            for value, expected in wanted.items():
-                if (found := getattr(stored.format, value)) != expected:
+            for value, expected in required.items():
+                actual = getattr(stored.format, value)
+                if actual != expected:
                     raise ValueError(
-                        f"data.features.{name}: got features with {value} {found}, allowed for "
+                        f"data.features.{name}: got features with {value} {actual}, allowed for "
                         f"train.{self.name}: {expected}; write them again with `redux shards features`"
                     )
         if len({stored.format for stored in opened.values()}) > 1:

@@ -13,7 +13,7 @@ from pipelines.data.order import Shuffle
 from pipelines.data.packing import Packing
 from redux.settings import ImageAspectRatio, ImageBackend, TemplateName
 
-Part = Literal["tower", "projector", "language"]
+ModelPart = Literal["tower", "projector", "language"]
 
 DEFAULT_TEMPLATE: TemplateName = "vicuna_v1"
 """Conversation template of LLaVA-1.5's second stage."""
@@ -112,7 +112,7 @@ class Stage:
     image_backend: ImageBackend = "exact"
     global_batch_size: Annotated[int, Ge(1)]
     micro_batch_size: Annotated[int, Ge(1)]
-    learning_rate: dict[Part, Annotated[float, Gt(0)]]
+    learning_rate: dict[ModelPart, Annotated[float, Gt(0)]]
     lora: Lora | None = None
     loss_reduction: Literal["token", "sample"] = "token"
     warmup_ratio: Annotated[float, Ge(0), Le(1)] = 0.03

@@ -136,7 +136,7 @@ def _run(func: Any, args: Any, kwargs: dict[str, Any]) -> Any:
 
 
 def _makes_floats(func: Any, args: Any, kwargs: dict[str, Any]) -> bool:
-    """Tell if an operation without meta tensors makes floats."""
+    """Return True if an operation without meta tensors makes floats."""
     dtype = kwargs.get("dtype")
     if dtype is not None:
         return bool(dtype.is_floating_point)
