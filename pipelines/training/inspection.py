@@ -231,7 +231,7 @@ class _SampleChecker:
         if EOS_TOKEN in self.template.end:
             return int(self.tokenizer.eos_token_id)
         found = self.tokenizer.convert_tokens_to_ids(self.template.end.strip())
-        # an end of several tokens, as in Phi-3's template, has its last one
+        # An end of several tokens, as in Phi-3's template, has its last one.
         return None if found is None or found == self.tokenizer.unk_token_id else int(found)
 
     def _list_control_tokens(self) -> list[str]:
@@ -268,7 +268,7 @@ class _SampleChecker:
         assert sample.prepared is not None
         ids = sample.encoded["input_ids"]
         labels = sample.encoded.get("labels")
-        # no logits predict the first token
+        # No logits predict the first token.
         learned = len(ids) if labels is None else int((labels[1:] != IGNORE_INDEX).sum())
         self.inspection.shapes.append(SampleShape(len(ids), learned, sample.image is not None))
         turns = sample.prepared.record["conversations"]
@@ -283,7 +283,7 @@ class _SampleChecker:
             self.inspection.add_fault("nothing learned", f"{key}: no token has a label")
             return
         answers = [turn["value"] for turn in turns[1::2]]
-        # under "plain" several answers are one text, and an image in an answer divides it
+        # Under "plain" several answers are one text, and an image in an answer divides it.
         is_one_text = self.template is not None and not self.template.human and len(answers) > 1
         if not is_one_text and not any(IMAGE_TOKEN in answer for answer in answers):
             self._check_labels(ids, labels, answers, key, len(ids) == self.plan.stage.max_length)
@@ -304,7 +304,7 @@ class _SampleChecker:
     def _check_labels(self, ids: Any, labels: Any, answers: list[str], key: str, is_cut: bool) -> None:
         """Compare the learned tokens with the answers."""
         is_learned = labels != IGNORE_INDEX
-        # a label is the token itself; the model shifts labels by one
+        # A label is the token itself; the model shifts labels by one.
         wrong = np.flatnonzero(is_learned & (labels != ids))
         if wrong.size:
             index = int(wrong[0])
@@ -314,14 +314,14 @@ class _SampleChecker:
             return
         spans = [ids[span] for span in _split_spans(np.flatnonzero(is_learned))]
         has_end = bool(spans) and self._ends(spans[-1])
-        # truncation may cut off answers, and the end of the last one
+        # Truncation may cut off answers, and the end of the last one.
         if is_cut and (not has_end or len(spans) < len(answers)):
             self.inspection.truncated += 1
             answers = answers[: len(spans)]
         if len(spans) != len(answers):
             self.inspection.add_fault("labels", f"{key}: {len(spans)} learned parts for {len(answers)} answers")
             return
-        # each whole answer ends with the end token
+        # Each whole answer ends with the end token.
         for number, (span, answer) in enumerate(zip(spans, answers, strict=True)):
             is_cut_off = is_cut and not has_end and number == len(spans) - 1
             if not is_cut_off and not self._ends(span):
@@ -345,7 +345,7 @@ class _SampleChecker:
         if is_cut_off:  # the last character may be cut as well
             learned = learned.rstrip("\ufffd")
             return (bool(learned) and expected.startswith(learned)) or not self._gives_back(expected_text)
-        # a tokenizer that does not give every text back decides nothing
+        # A tokenizer that does not give every text back decides nothing.
         alone = self.tokenizer(expected_text, add_special_tokens=False)["input_ids"]
         return not self._gives_back(expected_text) and abs(len(alone) - len(span)) <= 1
 
@@ -432,7 +432,7 @@ def list_image_problems(inspections: list[SetInspection]) -> Iterator[str]:
     by_set = {inspection.name: inspection for inspection in inspections}
     ids = {name: {id for id, _ in inspection.ids} for name, inspection in by_set.items()}
     for name, inspection in by_set.items():
-        # ids that count rows often meet the numbers of images by chance
+        # Ids that count rows often meet the numbers of images by chance.
         pairs = [(id, stem) for id, stem in inspection.ids if not (stem.isdecimal() and len(stem) < MIN_DIGITS)]
         if len(pairs) < MIN_ITEMS:
             continue
@@ -449,7 +449,7 @@ def list_image_problems(inspections: list[SetInspection]) -> Iterator[str]:
                     "column of images"
                 )
                 break
-        # neither the id nor the image belongs to the record, and each belongs to another one: no copy or part of it
+        # Neither the id nor the image belongs to the record, and each belongs to another one: no copy or part of it.
         by_id, by_stem = Counter(_last_part(id) for id, _ in pairs), Counter(stem for _, stem in pairs)
         misplaced = [
             (id, stem) for id, stem in pairs if not _names_image(id, stem) and by_stem[_last_part(id)] and by_id[stem]

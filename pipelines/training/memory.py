@@ -225,15 +225,15 @@ def _count_states(shape: ModelShape, workers: int) -> _States:
     share_of_rank = -(-trained // workers)
     bucket = width * min(trained, MAX_REDUCE_BUCKET_SIZE)
     weights = width * shape.num_elements
-    # fp32 gradients of one part of the model, as its optimizer gets them
+    # Gradients in fp32 of one part of the model, as its optimizer gets them.
     update = FP32_BYTES * -(-max(shape.trained) // workers)
-    # sums of earlier micro-batches
+    # Sums of earlier micro-batches.
     accumulates = stage.count_accumulation_steps(workers) > 1
     accumulated = FP32_BYTES * share_of_rank if accumulates else 0
     if stage.zero_stage == 0:
         return _count_whole_states(shape, workers)
     if stage.zero_stage == 1:
-        # the gradients of all weights stay until the update, as fp32
+        # The gradients of all weights stay until the update, as fp32.
         return _States(
             weights=weights,
             optimizer=12 * share_of_rank,
@@ -252,11 +252,11 @@ def _count_states(shape: ModelShape, workers: int) -> _States:
             update=FP32_BYTES * share_of_rank + update,
         )
     else:
-        # this worker's share, and the weights that are gathered while they are used
+        # This worker's share, and the weights that are gathered while they are used.
         gathered = width * min(shape.num_elements, MAX_LIVE_PARAMETERS)
         weights = -(-weights // workers) + gathered
         gradient_bytes = FP32_BYTES * share_of_rank + bucket
-        # a full bucket is copied when it is summed, within the backward pass unless it holds all gradients
+        # A full bucket is copied when it is summed, within the backward pass unless it holds all gradients.
         bucket_copy = bucket if trained > MAX_REDUCE_BUCKET_SIZE else 0
         states = _States(
             weights=weights,
@@ -275,7 +275,7 @@ def _count_whole_states(shape: ModelShape, workers: int) -> _States:
     width = DTYPES[stage.precision].itemsize
     gradients = width * trained
     accumulates = stage.count_accumulation_steps(workers) > 1
-    # a flat copy in which gradients are summed over ranks
+    # A flat copy in which gradients are summed over ranks.
     flat_copy = width * min(trained, MAX_REDUCE_BUCKET_SIZE) if workers > 1 else 0
     is_half = stage.precision == "bf16"
     return _States(
@@ -296,7 +296,7 @@ def _offload(states: _States, shape: ModelShape, workers: int) -> _States:
         share = -(-width * shape.num_elements // workers)
         states = replace(states, weights=states.weights - share, host=states.host + share)
     if stage.offload_optimizer:
-        # the host has fp32 weights, moments, fp32 gradients, and a copy of the weights that compute
+        # The host has fp32 weights, moments, fp32 gradients, and a copy of the weights that compute.
         host = states.host + 12 * share_of_rank + FP32_BYTES * share_of_rank + width * share_of_rank
         states = replace(states, optimizer=0, host=host)
     return states
@@ -370,7 +370,7 @@ def count_queued_bytes(work: StageWork, workers: int) -> int:
     stop = work.steps * stage.count_accumulation_steps(workers) * workers
     segment = Segment(work.reader, 0, stop)
     samples = segment.lay_out_blocks(workers).size * stage.micro_batch_size
-    # the block that it reads, those ahead, and two that Ray Data's iterator holds
+    # The block that it reads, those ahead, and two that Ray Data's iterator holds.
     blocks = 3 + segment.count_prefetched_blocks(workers)
     return blocks * samples * work.reader.sample_bytes
 

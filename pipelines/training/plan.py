@@ -163,7 +163,7 @@ class StagePlan:
                 f"train.{self.name}.random_flip: got true with data.features, allowed: false, because features "
                 "are those of images that are not mirrored"
             )
-        # a micro-batch has either features or pixels, so all sets with images need features
+        # A micro-batch has either features or pixels, so all sets with images need features.
         opened = {}
         for name, shards in sources.items():
             if name in self.features:
@@ -254,7 +254,7 @@ class StagePlan:
 
     def build_validation_readers(self, reader: ingest.Reader) -> list[ingest.Reader]:
         """Build a reader of the held-out samples of each set, whose global batches are micro-batches."""
-        # one reader per set: in a mixture, the epochs of sets may end in different batches
+        # One reader per set: in a mixture, the epochs of sets may end in different batches.
         return [
             replace(
                 reader,
@@ -284,7 +284,7 @@ class StagePlan:
         """
         if self.template in TEMPLATES:
             return TEMPLATES[self.template]
-        # imports torch, which the other templates do not need
+        # Imports torch, which the other templates do not need.
         from transformers import AutoTokenizer
 
         from redux.chat_template import find_template
@@ -303,7 +303,7 @@ def _subtract_held_out(
     shard_sizes: Int[np.ndarray, " shards"], held_out: Int[np.ndarray, " samples"]
 ) -> Int[np.ndarray, " shards"]:
     """Subtract the held-out samples of each shard from its number of samples."""
-    # the shard of each held-out sample
+    # The shard of each held-out sample.
     shard = np.searchsorted(np.cumsum(shard_sizes), held_out, side="right")
     return shard_sizes - np.bincount(shard, minlength=len(shard_sizes))
 

@@ -259,7 +259,7 @@ def _build_hooks(
 def forward_kernel_messages(recorder: RecorderClient, stage: str) -> None:
     """Show the user which kernels the model takes, as `redux.kernels` logs it once per process."""
     logger = logging.getLogger(kernels.__name__)
-    # messages name the current stage
+    # Messages name the current stage.
     for handler in [handler for handler in logger.handlers if isinstance(handler, KernelMessages)]:
         logger.removeHandler(handler)
     logger.addHandler(KernelMessages(recorder, stage))
@@ -490,7 +490,7 @@ def train_global_batch(
 def _count_labels(batch: ingest.Batch) -> Int[np.ndarray, " samples"]:
     """Count the labelled tokens of each sample. No logits predict the first token, so its label does not count."""
     is_labelled = batch["labels"][:, 1:] != IGNORE_INDEX
-    # packed rows have several samples each
+    # Packed rows have several samples each.
     if "sample_index" in batch:
         return np.bincount(batch["sample_index"][:, 1:][is_labelled], minlength=len(batch["sample"]))
     return is_labelled.sum(axis=1)
