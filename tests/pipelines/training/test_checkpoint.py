@@ -330,7 +330,7 @@ def test_pruning_keeps_the_newest_and_those_with_the_lowest_loss(
     checkpoint.prune(folder, 50, last, best)
     assert list_cursors(folder) == (remaining or [50, 40, 30, 20, 10])
     assert sorted(path.name for path in Path(folder).iterdir()) == sorted(
-        map(checkpoint.format_name, list_cursors(folder))
+        map(checkpoint.format_step_name, list_cursors(folder))
     )
 
 
