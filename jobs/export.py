@@ -195,4 +195,4 @@ def _is_evaluated(plans: Mapping[str, StagePlan], stage: str, saved: SavedCheckp
         return False
     source = json.loads(storage.read(storage.join(plan.result, MANIFEST)))["from"]
     # The run folder may have been moved since.
-    return str(source).rpartition("/")[2] == checkpoint.format_name(saved.manifest.cursor)
+    return str(source).rpartition("/")[2] == checkpoint.format_step_name(saved.manifest.cursor)

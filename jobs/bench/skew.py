@@ -232,7 +232,7 @@ def train_rank(plan: "StagePlan", steps: int) -> None:
         # Each rank has its own number of images in a step.
         engine.set_learning_rate(deepspeed_engine, schedule, number)
         batch = make_batch(plan, number * SKEWED_RANKS + rank, counts[rank], image_id)
-        update = worker.forward_backward(deepspeed_engine, plan, [batch])
+        update = worker.train_global_batch(deepspeed_engine, plan, [batch])
         losses.append(worker.all_reduce_stats({"loss": update.loss}, deepspeed_engine.device)["loss"])
         skewed += len(set(counts)) > 1
     measured = {

@@ -6,13 +6,12 @@ from collections.abc import Callable, Iterator
 from concurrent.futures import Future
 from typing import TypeVar
 
-Result = TypeVar("Result")
-Item = TypeVar("Item")
+T = TypeVar("T")
 
 
-def run_in_background(work: Callable[[], Result]) -> Future[Result]:
+def run_in_background(work: Callable[[], T]) -> Future[T]:
     """Run a function in a daemon thread, which ends with the process."""
-    future: Future[Result] = Future()
+    future: Future[T] = Future()
 
     def run() -> None:
         try:
@@ -24,40 +23,41 @@ def run_in_background(work: Callable[[], Result]) -> Future[Result]:
     return future
 
 
-def read_ahead(items: Iterator[Item], count: int) -> Iterator[Item]:
+def read_ahead(items: Iterator[T], count: int) -> Iterator[T]:
     """Start a daemon thread that fetches items ahead, and return an iterator over them. Closing it ends the thread.
 
     Args:
         items: read in the thread, the first one at once.
         count: maximum number of items that wait, at least 1.
     """
-    waiting: queue.SimpleQueue[Future[Item]] = queue.SimpleQueue()
-    places = threading.Semaphore(count)
+    fetched: queue.SimpleQueue[Future[T]] = queue.SimpleQueue()
+    free_slots = threading.Semaphore(count)
     is_closed = False
 
     def fetch() -> None:
-        while places.acquire() and not is_closed:
-            item: Future[Item] = Future()
+        # Closing releases a slot, so a thread that waits here wakes up and then sees `is_closed`.
+        while free_slots.acquire() and not is_closed:
+            item: Future[T] = Future()
             try:
                 item.set_result(next(items))
             except BaseException as error:  # StopIteration included
                 item.set_exception(error)
-            waiting.put(item)
+            fetched.put(item)
             if item.exception():
                 return
 
-    def iterate() -> Iterator[Item]:
+    def iterate() -> Iterator[T]:
         nonlocal is_closed
         try:
             while True:
-                item = waiting.get().result()
-                places.release()
+                item = fetched.get().result()
+                free_slots.release()
                 yield item
         except StopIteration:
             return
         finally:
             is_closed = True
-            places.release()
+            free_slots.release()
 
     threading.Thread(target=fetch, daemon=True).start()
     return iterate()

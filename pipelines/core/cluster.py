@@ -35,10 +35,9 @@ from transformers.utils.logging import disable_progress_bar
 
 from pipelines.core import interrupts
 
-# Libraries read these variables here and in every worker. A task uses one thread, so tokenizers must not start more.
 LIBRARY_ENVIRONMENT = {
     "HF_HUB_DISABLE_PROGRESS_BARS": "1",
-    "TOKENIZERS_PARALLELISM": "false",
+    "TOKENIZERS_PARALLELISM": "false",  # a task uses one thread
     "TRANSFORMERS_VERBOSITY": "error",
     "RAY_AIR_NEW_OUTPUT": "0",  # or Tune prints tables between our lines
     "RAY_TRAIN_HEALTH_CHECK_INTERVAL_S": "0.5",  # delay until a dead worker is noticed; Ray's default is 2
@@ -46,7 +45,7 @@ LIBRARY_ENVIRONMENT = {
     "RAY_TRAIN_WORKER_GROUP_START_TIMEOUT_S": "20",
     "RAY_TRAIN_PREEMPTION_POLL_INTERVAL_S": "1",  # a notice may come only 30 s ahead; Ray's default is 5
 }
-
+"""Variables that libraries read here and in every worker."""
 
 CONNECT_TIMEOUT_S = 10
 """Time-out of a connection to a named cluster."""
@@ -109,7 +108,8 @@ def open_session() -> Iterator[None]:
         return
     environment = {name: os.environ.setdefault(name, value) for name, value in LIBRARY_ENVIRONMENT.items()}
     disable_progress_bar()  # transformers would show one bar per file that it reads
-    with _private_settings() if is_private() else _cluster_settings(os.environ["RAY_ADDRESS"]) as settings:
+    settings_context = _private_settings() if is_private() else _cluster_settings(os.environ["RAY_ADDRESS"])
+    with settings_context as settings:
         try:
             # A private Ray inherits the variables. A runtime environment there would make the workers useless that Ray
             # starts in advance, one for each CPU.
@@ -202,7 +202,7 @@ def omit_services() -> Iterator[None]:
     with (
         # It would read the logs of all processes ten times a second, to print them here. Nothing is printed.
         patch.object(Node, "start_log_monitor"),
-        # The autoscaler
+        # It would scale a cluster that does not exist.
         patch.object(Node, "start_monitor"),
         # The dashboard; without its frontend, it only reports usage to Ray's authors.
         patch.object(Node, "start_api_server"),
@@ -239,7 +239,7 @@ def _isolate_processes() -> Iterator[None]:
     The kernel kills them if this process is killed (PR_SET_PDEATHSIG). On systems without that call, Ray has a process
     that ends the process group, so there they stay in the session of this process.
     """
-    started = list[int]()  # process ids, each also the id of a session
+    session_ids = list[int]()  # each also the id of the first process of the session
 
     class IsolatedProcess(services.ConsolePopen):
         def __init__(self, *args: Any, preexec_fn: Callable[[], None], **kwargs: Any) -> None:
@@ -248,7 +248,7 @@ def _isolate_processes() -> Iterator[None]:
                 signal.pthread_sigmask(signal.SIG_BLOCK, interrupts.SIGNALS)
 
             super().__init__(*args, start_new_session=True, preexec_fn=prepare, **kwargs)
-            started.append(self.pid)
+            session_ids.append(self.pid)
 
         def terminate(self) -> None:
             self.kill()
@@ -261,7 +261,7 @@ def _isolate_processes() -> Iterator[None]:
             yield
         finally:
             with interrupts.defer_signals():
-                _kill_sessions(started)
+                _kill_sessions(session_ids)
 
 
 def _kill_sessions(sessions: list[int]) -> None:
@@ -349,7 +349,7 @@ def _resolve_peer(endpoint: tuple[str, int]) -> str:
 
 
 def _uses_tls() -> bool:
-    """Tell if the environment turns on Ray's TLS."""
+    """Return True if the environment turns on Ray's TLS."""
     return os.environ.get("RAY_USE_TLS", "0").lower() in ("1", "true")
 
 
@@ -483,5 +483,5 @@ def count_gpus() -> float:
 
 
 def is_private() -> bool:
-    """Tell if the run starts a private Ray, because RAY_ADDRESS names no cluster."""
+    """Return True if the run starts a private Ray, because RAY_ADDRESS names no cluster."""
     return os.environ.get("RAY_ADDRESS", "") in ("", "local")

@@ -28,7 +28,7 @@ def _handle_signal(signum: int, frame: FrameType | None) -> None:
 
 
 def was_interrupted() -> bool:
-    """Tell if a signal has come since the handlers were installed."""
+    """Return True if a signal has come since the handlers were installed."""
     return _SignalState.received > 0
 
 

@@ -42,7 +42,7 @@ def _take_result(pending: list[Any]) -> Any:
     while True:
         # in short waits, since a signal's exception may be swallowed in a library
         interrupts.raise_if_interrupted()
-        done, rest = ray.wait(pending, num_returns=1, timeout=POLL_SECONDS)
-        if done:
-            pending[:] = rest
-            return ray.get(done[0])
+        finished_refs, pending_refs = ray.wait(pending, num_returns=1, timeout=POLL_SECONDS)
+        if finished_refs:
+            pending[:] = pending_refs
+            return ray.get(finished_refs[0])

@@ -11,7 +11,7 @@ KEYS_WITHOUT_EFFECT = (
 
 
 def is_in_sections(key: str, sections: Iterable[str]) -> bool:
-    """Tell if a dotted path is one of these sections or lies in one.
+    """Return True if a dotted path is one of these sections or lies in one.
 
     >>> is_in_sections("recovery.restarts", KEYS_WITHOUT_EFFECT), is_in_sections("evaluate.limit", KEYS_WITHOUT_EFFECT)
     (True, False)

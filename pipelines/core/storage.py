@@ -152,7 +152,9 @@ def read_ranges(ranges: Sequence[ByteRange]) -> list[bytes]:
         return [_read_block(block, deadline) for block in ranges]
     # merge near ranges into blocks; empty ranges need no request
     nonempty = [byte_range for byte_range in ranges if byte_range[1] < byte_range[2]]
-    urls, starts, stops = (list(column) for column in zip(*nonempty, strict=True)) if nonempty else ([], [], [])
+    if not nonempty:
+        return [b""] * len(ranges)
+    urls, starts, stops = (list(column) for column in zip(*nonempty, strict=True))
     merged = merge_offset_ranges(urls, starts, stops, MAX_GAP_BYTES, MAX_BLOCK_BYTES)
     blocks: list[ByteRange] = list(zip(*merged, strict=True))
     with ThreadPoolExecutor(MAX_CONCURRENT_REQUESTS) as pool:
@@ -223,7 +225,7 @@ def open_writer(url: str) -> Iterator[IO[bytes]]:
 
 
 def exists(url: str) -> bool:
-    """Tell if a file exists. False for a folder, because object stores have no folders."""
+    """Return True if a file exists. False for a folder, because object stores have no folders."""
 
     def attempt(files: Any, path: str, seconds: float) -> bool:
         try:
@@ -348,8 +350,8 @@ class _LocalFiles:
 
     @staticmethod
     def info(path: str) -> dict[str, Any]:
-        about = os.stat(path)
-        return {"size": about.st_size, "type": "file" if stat.S_ISREG(about.st_mode) else "other"}
+        file_stat = os.stat(path)
+        return {"size": file_stat.st_size, "type": "file" if stat.S_ISREG(file_stat.st_mode) else "other"}
 
     @staticmethod
     def ls(path: str, detail: bool = True) -> Iterator[dict[str, str]]:
@@ -393,7 +395,7 @@ def _sync_folder(folder: str) -> None:
 
 
 def is_local(url: str) -> bool:
-    """Tell if the URL is a path on this machine."""
+    """Return True if the URL is a path on this machine."""
     return split_protocol(url)[0] in (None, "file", "local")
 
 
@@ -451,8 +453,9 @@ def _run_with_retries(url: str, work: Callable[[Any, str, float], T], deadline: 
         PermanentError: credentials stay expired.
         OSError: all tries failed.
     """
-    retry, started = RETRY, time.monotonic()
-    deadline = started + retry.deadline_s if deadline is None else deadline
+    retry = RETRY
+    start = time.monotonic()
+    deadline = start + retry.deadline_s if deadline is None else deadline
 
     def attempt() -> T:
         files, path = _open_filesystem(url)
@@ -469,16 +472,17 @@ def _run_with_retries(url: str, work: Callable[[Any, str, float], T], deadline: 
         return Retrying(
             retry=retry_if_exception(lambda error: find_transient_kind(error) is not None),
             wait=wait_random_exponential(multiplier=retry.first_wait_s, max=retry.longest_wait_s),
-            stop=stop_after_attempt(retry.tries) | stop_before_delay(deadline - started),
+            stop=stop_after_attempt(retry.tries) | stop_before_delay(deadline - start),
             before_sleep=partial(_log_retry, url),
         )(attempt)
-    except RetryError as exhausted:
-        last = exhausted.last_attempt
-        cause = last.exception() or exhausted
+    except RetryError as retry_error:
+        last = retry_error.last_attempt
+        cause = last.exception() or retry_error
         kind = find_transient_kind(cause)
-        tries = f"{last.attempt_number} tries in {time.monotonic() - started:.1f} s"
+        tries = f"{last.attempt_number} tries in {time.monotonic() - start:.1f} s"
         text = f"{redact(url)}: given up after {tries}, at last {kind}: {describe_cause(cause)}"
-        raise (PermanentError if kind == EXPIRED_CREDENTIALS else OSError)(text) from None
+        error_class = PermanentError if kind == EXPIRED_CREDENTIALS else OSError
+        raise error_class(text) from None
     except Exception as error:
         raise to_user_error(url, error, is_local(url)) from None  # a chained error could show what `redact` removes
 

@@ -184,12 +184,13 @@ def verify_set(folder: str, decode: bool = False) -> list[str]:
     Raises:
         ValueError: the index is missing or damaged.
     """
-    shards, wrong = Shards(folder), []
+    shards = Shards(folder)
+    errors: list[str] = []
     shards.validate()
     summary = read_summary(folder)
     if summary and summary.get("samples", len(shards)) != len(shards):
         path = storage.join(folder, SUMMARY_FILE)
-        wrong.append(f"{path}: says {summary['samples']} samples were kept, the index has {len(shards)}")
+        errors.append(f"{path}: says {summary['samples']} samples were kept, the index has {len(shards)}")
     # rows of each shard as (first row, number of rows); a tar that the index lacks has none
     sizes = shards.shard_sizes
     spans = zip((np.cumsum(sizes) - sizes).tolist(), sizes.tolist(), strict=True)
@@ -199,8 +200,8 @@ def verify_set(folder: str, decode: bool = False) -> list[str]:
             rows[name] = (0, 0)
     items = [{"tar": name, "first": first, "rows": count} for name, (first, count) in rows.items()]
     for row in _map_tars(items, _verify_tar, "verify", shards, decode):
-        wrong += row["wrong"]
-    return wrong
+        errors += row["errors"]
+    return errors
 
 
 def _map_tars(items: list[dict[str, Any]], task: Any, name: str, *args: Any) -> Iterator[dict]:
@@ -258,27 +259,28 @@ def _list_members(sample: tars.TarSample) -> str:
 
 def _verify_tar(item: dict[str, Any], shards: Shards, decode: bool) -> dict[str, list[str]]:
     """Verify one tar, and return a line per error. Runs in a Ray task."""
-    tar, wrong = storage.join(shards.folder, item["tar"]), []
+    tar = storage.join(shards.folder, item["tar"])
+    errors: list[str] = []
     try:
         data = storage.map_file(tar)
     except ValueError as error:
-        return {"wrong": [str(error)]}
+        return {"errors": [str(error)]}
     rows = shards.read_rows(range(item["first"], item["first"] + item["rows"]))
     is_damaged = False
     for row in rows:
         part = data[row["offset"] : row["offset"] + row["length"]]
         if hashlib.sha256(part).digest() != row["sha256"]:
-            wrong.append(f"{tar}: sample {row['key']}: bytes differ from the index's checksum")
+            errors.append(f"{tar}: sample {row['key']}: bytes differ from the index's checksum")
             is_damaged = True
         elif decode and row["image_size"]:
             image = part[row["image_at"] : row["image_at"] + row["image_size"]]
             try:
                 images.check_image(image)
             except ValueError as error:
-                wrong.append(f"{tar}: sample {row['key']}: broken image: {error}")
+                errors.append(f"{tar}: sample {row['key']}: broken image: {error}")
     if not is_damaged:  # else a damaged header would be reported twice
-        wrong += _compare_with_index(data, item["tar"], tar, rows)
-    return {"wrong": wrong}
+        errors += _compare_with_index(data, item["tar"], tar, rows)
+    return {"errors": errors}
 
 
 def _compare_with_index(data: tars.BytesLike, name: str, url: str, rows: list[dict[str, Any]]) -> list[str]:
@@ -292,12 +294,12 @@ def _compare_with_index(data: tars.BytesLike, name: str, url: str, rows: list[di
     unindexed = {row["offset"]: row for row in tars.make_index_rows(tar, data, name)}
     if unindexed and not rows:
         return [f"{url}: is not in the index"]
-    wrong = []
+    errors = []
     for row in rows:
         if sample := rejected.get(row["offset"]):
-            wrong.append(f"{url}: sample {row['key']}: {sample.rejection_reason}: {_explain_rejection(sample)}")
+            errors.append(f"{url}: sample {row['key']}: {sample.rejection_reason}: {_explain_rejection(sample)}")
         elif unindexed.pop(row["offset"], None) != row:
-            wrong.append(f"{url}: sample {row['key']}: its row of the index differs from the tar")
+            errors.append(f"{url}: sample {row['key']}: its row of the index differs from the tar")
     if unindexed:
-        wrong.append(f"{url}: contains {len(unindexed)} samples that are not in the index")
-    return wrong
+        errors.append(f"{url}: contains {len(unindexed)} samples that are not in the index")
+    return errors

@@ -155,7 +155,7 @@ def compute_metrics(rows: Sequence[Row]) -> dict[str, Metric]:
 
 
 def is_correct(row: Row) -> bool:
-    """Tell if the response equals the answer."""
+    """Return True if the response equals the answer."""
     return bool(row["response"] == row["answer"])
 
 

@@ -208,7 +208,7 @@ def _draw_arguments(name: str, rng: random.Random) -> Arguments:
 
 
 def _is_feasible(arguments: Arguments) -> bool:
-    """Tell if a short answer can follow the instruction: no "less than 1 sentence", no minimum of words."""
+    """Return True if a short answer can follow the instruction: no "less than 1 sentence", no minimum of words."""
     if arguments.get("relation") == "less than":
         return arguments.get("num_sentences") != 1
     return "num_words" not in arguments

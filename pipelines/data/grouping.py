@@ -104,13 +104,17 @@ class LengthGroups:
         return by_length[index * global_batch_size : (index + 1) * global_batch_size]
 
     def _take_leftovers(
-        self, positions: Int[np.ndarray, " positions"], taken: Int[np.ndarray, " modalities"], seed: int, epoch: int
+        self,
+        positions: Int[np.ndarray, " positions"],
+        num_batched: Int[np.ndarray, " modalities"],
+        seed: int,
+        epoch: int,
     ) -> Int[np.ndarray, " positions"]:
-        """Return the samples at positions of the leftovers: all beyond the first `taken`, modality by modality."""
-        remaining = np.array(self.counts) - taken
+        """Return the samples at positions of the leftovers: all beyond the first `num_batched` of each modality."""
+        remaining = np.array(self.counts) - num_batched
         ends = np.cumsum(remaining)
         modalities = np.searchsorted(ends, positions, side="right")
-        ranks = positions - (ends - remaining - taken)[modalities]
+        ranks = positions - (ends - remaining - num_batched)[modalities]
         result = np.empty_like(positions)
         for modality in np.unique(modalities):
             in_modality = modalities == modality

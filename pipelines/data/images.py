@@ -65,7 +65,7 @@ def check_image(image: bytes) -> str:
 
 
 def is_image(path: str | os.PathLike[str]) -> bool:
-    """Tell if Pillow knows the format of a local file. Reads its first bytes only."""
+    """Return True if Pillow knows the format of a local file. Reads its first bytes only."""
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
@@ -203,7 +203,7 @@ def _fold_name(name: str) -> str:
 
 
 def _is_regular_file(path: str) -> bool | None:
-    """Tell if a path is a regular file; None if it does not exist. Reading a pipe or device would not end."""
+    """Return True if a path is a regular file; None if it does not exist. Reading a pipe or device would not end."""
     try:
         return S_ISREG(os.stat(path).st_mode)
     except (OSError, ValueError):  # the name is too long, links form a cycle, or a null character

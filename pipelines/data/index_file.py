@@ -404,11 +404,11 @@ class IndexFile:
         missing = [number for number in numbers if number not in self._cache]
         read = dict(zip(missing, self._read_blocks(missing), strict=True))
         # the blocks that were used last come last
-        found = {number: read[number] if number in read else self._cache.pop(number) for number in numbers}
-        self._cache |= found
+        loaded = {number: read[number] if number in read else self._cache.pop(number) for number in numbers}
+        self._cache |= loaded
         for number in list(self._cache)[:-MAX_CACHED_BLOCKS]:
             del self._cache[number]
-        return list(found.values())
+        return list(loaded.values())
 
     def _iterate_blocks(self) -> Iterator[pa.RecordBatch]:
         """Yield all blocks in their order. They do not stay in memory."""

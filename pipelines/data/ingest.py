@@ -168,8 +168,8 @@ class Reader:
         used = scheduled.copy()
         # rows of `out` by index of the sample in the micro-batch
         image_rows: dict[int, int] = {}
-        for index, stored_sample in enumerate(self._fetch(source, scheduled)):
-            row, image, entry = self._usable_or_replacement(
+        for index, stored_sample in enumerate(self._read_or_none(source, scheduled)):
+            row, image, entry = self._encode_or_replace(
                 int(position[index]), int(source[index]), int(scheduled[index]), stored_sample
             )
             rows.append(row)
@@ -246,16 +246,16 @@ class Reader:
             lengths[source == index] = record_sizes // BYTES_PER_TOKEN + has_image * self.image_tokens
         return lengths.tolist()
 
-    def _fetch(
+    def _read_or_none(
         self, source: Int[np.ndarray, " size"], scheduled: Int[np.ndarray, " size"]
     ) -> list[StoredSample | None]:
         """Read the scheduled samples together; None for all of them if one is damaged."""
         try:
-            return list(self._read(source.tolist(), scheduled.tolist()))
+            return list(self._read_samples(source.tolist(), scheduled.tolist()))
         except ValueError:
             return [None] * len(scheduled)
 
-    def _read(self, source: Sequence[int], numbers: Sequence[int]) -> list[StoredSample]:
+    def _read_samples(self, source: Sequence[int], numbers: Sequence[int]) -> list[StoredSample]:
         """Read samples together. With features, the bytes of these stand in place of the image file.
 
         Raises:
@@ -267,12 +267,12 @@ class Reader:
         for set_index, name in enumerate(self.sources):
             indices = [index for index, sample in enumerate(samples) if source[index] == set_index and sample.image]
             if name in self.features and indices:
-                found = self.features[name].read([numbers[index] for index in indices])
-                for index, features in zip(indices, found, strict=True):
+                feature_bytes = self.features[name].read([numbers[index] for index in indices])
+                for index, features in zip(indices, feature_bytes, strict=True):
                     samples[index] = replace(samples[index], image=features)
         return samples
 
-    def _usable_or_replacement(
+    def _encode_or_replace(
         self, position: int, source: int, scheduled: int, stored_sample: StoredSample | None
     ) -> tuple[TextRow, UInt8[np.ndarray, "height width 3"] | None, dict[str, Any] | None]:
         """Encode the scheduled sample, or a replacement if it is unusable.
@@ -290,16 +290,18 @@ class Reader:
             ValueError: MAX_SAMPLE_TRIES samples in a row are unusable.
         """
         name, shards = list(self.sources.items())[source]
-        used, reason = scheduled, ""
+        used = scheduled
+        reason = ""
         for attempt in range(1, MAX_SAMPLE_TRIES + 1):
             try:
-                row, image = self._encode(stored_sample or self._read([source], [used])[0], position)
+                row, image = self._encode(stored_sample or self._read_samples([source], [used])[0], position)
             except ValueError as error:
                 reason = reason or describe_failure(shards, used, error)
                 # seeded by the position, so that every reader draws the same replacement
                 rng = np.random.default_rng((self.order.seed, position, attempt))
-                drawn = rng.integers(self.order.samples[source], size=1)
-                used, stored_sample = int(self.order.get_rows(source, drawn)[0]), None
+                numbers = rng.integers(self.order.samples[source], size=1)
+                used = int(self.order.get_rows(source, numbers)[0])
+                stored_sample = None
             else:
                 entry = {"set": name, "position": position, "scheduled": scheduled, "used": used, "reason": reason}
                 return row, image, entry if reason else None
@@ -365,9 +367,9 @@ class Segment(NamedTuple):
     def lay_out_blocks(self, workers: int) -> "BlockLayout":
         """Lay out the blocks in which Ray Data moves the micro-batches to the workers."""
         reader, length = self.reader, self.stop - self.start
-        samples = max(MAX_BLOCK_SAMPLES, length * reader.micro_batch_size // MAX_SMALL_BLOCKS)
-        samples = min(samples, MAX_IMAGE_BLOCK_BYTES // reader.sample_bytes)
-        size = min(samples // reader.micro_batch_size, length // workers)
+        samples_per_block = max(MAX_BLOCK_SAMPLES, length * reader.micro_batch_size // MAX_SMALL_BLOCKS)
+        limited = min(samples_per_block, MAX_IMAGE_BLOCK_BYTES // reader.sample_bytes)
+        size = min(limited // reader.micro_batch_size, length // workers)
         return BlockLayout(self.start, self.stop, max(size, 1), workers)
 
     def count_prefetched_blocks(self, workers: int) -> int:
@@ -394,14 +396,20 @@ class BlockLayout(NamedTuple):
     def count_blocks(self) -> int:
         """Count the blocks."""
         after_first = max(self.stop - self.start - self.workers, 0)
-        turns = (self.stop > self.start) + -(-after_first // (self.size * self.workers))
-        return turns * self.workers
+        # each worker has a block in each round
+        first_round = int(self.stop > self.start)
+        later_rounds = -(-after_first // (self.size * self.workers))
+        return (first_round + later_rounds) * self.workers
 
     def describe_block(self, number: int) -> dict[str, int]:
         """Describe a block: it has every `workers`-th micro-batch from `first` to `end` - 1."""
-        turn, worker = divmod(number, self.workers)
-        start = self.start + (1 + (turn - 1) * self.size if turn else 0) * self.workers
-        end = start + (self.size if turn else 1) * self.workers
+        round_number, worker = divmod(number, self.workers)
+        # blocks of round 0 have one micro-batch, those of later rounds `size`
+        if round_number == 0:
+            start, size = self.start, 1
+        else:
+            start, size = self.start + (1 + (round_number - 1) * self.size) * self.workers, self.size
+        end = start + size * self.workers
         return {"first": start + worker, "end": min(end, self.stop)}
 
 
@@ -455,15 +463,15 @@ def join_segments(segments: Sequence[Segment], workers: int, leaves_cpus: bool =
 def make_streams(segments: Sequence[Segment], workers: int, leaves_cpus: bool = True) -> list[ray.data.DataIterator]:
     """Split the dataset into one stream per worker, in order. Arguments as in `join_segments`.
 
-    The caller keeps the first stream alive while workers read: it owns the execution.
+    The caller keeps the first stream alive while workers read: that stream owns the execution of the dataset.
     """
-    data = join_segments(segments, workers, leaves_cpus)
-    data.context.execution_options.preserve_order = True
-    data.context.execution_options.resource_limits = ExecutionResources.for_limits(
+    dataset = join_segments(segments, workers, leaves_cpus)
+    dataset.context.execution_options.preserve_order = True
+    dataset.context.execution_options.resource_limits = ExecutionResources.for_limits(
         object_store_memory=workers * MAX_STORED_BYTES_PER_WORKER
     )
-    data.context.enable_progress_bars = False
-    return data.streaming_split(workers, equal=True)
+    dataset.context.enable_progress_bars = False
+    return dataset.streaming_split(workers, equal=True)
 
 
 def start_shared_actors() -> None:

@@ -4,11 +4,16 @@ Each set is an endless stream: the samples of epoch 0 in a seeded order, then th
 global batch takes the next few samples of each set. So every sample comes exactly once per epoch of its set,
 every batch is full, the order does not depend on the world size, and a cursor is one integer.
 
-The number of samples of each set in batch i is computed by halving. After a period of batches the ratio is exact in
-whole samples. The period is split into two halves. The first half gets its share of each set's samples, rounded
-down. The samples that it still lacks come from the sets with the largest deficit: the exact count since the start
-minus the count so far. The second half gets the other samples. Then the half with batch i is split, until a single
-batch is left. Hence each batch has weight x global_batch_size samples of a set, rounded down or up.
+The number of samples of each set in batch i is computed by halving (`count_set_samples`). After a period of batches the
+ratio is exact in whole samples. The period is split into two halves. The first half gets its share of each set's
+samples, rounded down. The samples that it still lacks come from the sets with the largest deficit: the exact count
+since the start minus the count so far. The second half gets the other samples. Then the half with batch i is split,
+until a single batch is left. Hence each batch has weight x global_batch_size samples of a set, rounded down or up.
+
+For example, weights of 1 to 2 and batches of 4 give 4 + 8 samples in a period of 3 batches. The first half, 1 batch,
+gets 1 + 2, and its fourth sample from the second set, whose deficit is 2/3. The second half has 3 + 5 samples. It is
+split in turn: batch 1 gets 1 + 2 and one more of the first set, whose deficit is now 2/3. So the batches have 1 + 3,
+2 + 2 and 1 + 3 samples.
 
 The count of a set since the start stays within 1 of the exact ratio for up to three sets. For more sets it
 stayed within 1.1 in all of 3,000 mixtures tried, and above 1 in about one of two hundred. Without halving, one would
@@ -94,7 +99,7 @@ class Order:
             )
 
     def count_batches(self, epochs: float) -> int:
-        """Count the global batches of a number of epochs. The last may reach into the next epoch, so that it is full.
+        """Count the global batches of a number of epochs. The last batch is filled with samples of the next epoch.
 
         An epoch has as many samples as all sets together, whatever their weights.
         """
@@ -163,7 +168,8 @@ class Order:
             return permute_windows(positions, self.shards[set_index], self.window, self.seed, epoch, set_index)
         if self.shuffle == "global":
             # set 0 adds no number to the seed, so runs with one set keep the order of earlier versions
-            return permute(positions, self.samples[set_index], self.seed, epoch, *([set_index] if set_index else []))
+            further_seeds = [set_index] if set_index else []
+            return permute(positions, self.samples[set_index], self.seed, epoch, *further_seeds)
         return positions
 
 

@@ -13,7 +13,7 @@ import heapq
 import itertools
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Annotated
+from typing import Annotated, NamedTuple
 
 import numpy as np
 from annotated_types import Ge
@@ -71,7 +71,7 @@ def lay_rows(lengths: Sequence[int], max_length: int) -> list[list[int]]:
     others = [index for index, length in enumerate(lengths) if length <= max_length]
     if not others:
         return alone
-    # the smallest number of rows for which they are short enough; one row for each item always is
+    # the smallest number of rows that are all short enough; with one row per item they are
     count = max(-(-sum(lengths[index] for index in others) // max_length), 1)
     fewest = _balance(lengths, others, count)
     while _measure_longest(lengths, fewest) > max_length:
@@ -86,35 +86,50 @@ def _measure_longest(lengths: Sequence[int], rows: Sequence[Sequence[int]]) -> i
     return max(sum(lengths[index] for index in row) for row in rows)
 
 
+class _Exchange(NamedTuple):
+    """Exchange of items between two rows.
+
+    Args:
+        longest: index of the longest row.
+        other: index of the other row.
+        given_item: item that the longest row gives.
+        taken_items: items that it takes: none or one.
+    """
+
+    longest: int
+    other: int
+    given_item: int
+    taken_items: list[int]
+
+
 def _balance(lengths: Sequence[int], items: Sequence[int], count: int) -> list[list[int]]:
     """Divide items into so many rows, and shorten the longest row by exchanges with others while any does."""
     parts = divide_evenly([lengths[index] for index in items], count)
     rows = [[items[index] for index in part] for part in parts]
-    while exchange := _find_exchange(lengths, rows):
-        longest, other, given, taken = exchange
-        rows[longest] = [index for index in rows[longest] if index != given] + taken
-        rows[other] = [index for index in rows[other] if index not in taken] + [given]
+    while (exchange := _find_exchange(lengths, rows)) is not None:
+        longest_row, other_row = rows[exchange.longest], rows[exchange.other]
+        rows[exchange.longest] = [index for index in longest_row if index != exchange.given_item] + exchange.taken_items
+        rows[exchange.other] = [index for index in other_row if index not in exchange.taken_items]
+        rows[exchange.other].append(exchange.given_item)
     return [sorted(row) for row in rows]
 
 
-def _find_exchange(lengths: Sequence[int], rows: Sequence[Sequence[int]]) -> tuple[int, int, int, list[int]] | None:
-    """Find the item that the longest row should give to another row, and the items that it takes: none or one.
-
-    Returns:
-        Longest row, other row, item that is given, items that are taken; None if no exchange shortens the longest row.
-    """
+def _find_exchange(lengths: Sequence[int], rows: Sequence[Sequence[int]]) -> _Exchange | None:
+    """Find the exchange that shortens the longest row most; None if none shortens it."""
     totals = [sum(lengths[index] for index in row) for row in rows]
     longest = totals.index(max(totals))
-    best, exchange = totals[longest], None
+    shortest = totals[longest]
+    exchange = None
     for other, row in enumerate(rows):
         if other == longest:
             continue
         # an item against none, or against one of the other row
-        for given, taken in itertools.product(rows[longest], [[], *([index] for index in row)]):
-            moved = lengths[given] - sum(lengths[index] for index in taken)
+        for given_item, taken_items in itertools.product(rows[longest], [[], *([index] for index in row)]):
+            moved = lengths[given_item] - sum(lengths[index] for index in taken_items)
             longer = max(totals[longest] - moved, totals[other] + moved)
-            if longer < best:
-                best, exchange = longer, (longest, other, given, taken)
+            if longer < shortest:
+                shortest = longer
+                exchange = _Exchange(longest, other, given_item, taken_items)
     return exchange
 
 

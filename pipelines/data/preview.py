@@ -81,7 +81,9 @@ def draw_samples(
         for first in range(0, len(positions), BLOCK_SAMPLES):
             block = positions[first : first + BLOCK_SAMPLES]
             stored = read_stored(shards, [position.sample for position in block])
-            prepared = executor.map(lambda position, found: _prepare(reader, shards, position, found), block, stored)
+            prepared = executor.map(
+                lambda position, stored_or_error: _prepare(reader, shards, position, stored_or_error), block, stored
+            )
             # tokens here, not in the threads: truncation is a setting of the tokenizer that all of them would share
             for sample in prepared:
                 yield _encode(reader, shards, sample)
@@ -107,17 +109,17 @@ def draw_positions(
     # a few samples from each of many batches, because a batch may hold samples of one length and one window of shards
     from_each = math.ceil(count / span)
     rng = np.random.default_rng((seed, source))
-    found: dict[int, StreamPosition] = {}
+    positions_by_sample: dict[int, StreamPosition] = {}
     for batch in rng.permutation(span).tolist():
         sources, samples = order.get_batch(batch)
         indices = rng.permutation(np.flatnonzero(sources == source))[:from_each]
         # the last batch of an epoch may repeat a sample of the first one
         for index in indices.tolist():
             position = StreamPosition(batch * order.global_batch_size + index, batch, int(samples[index]))
-            found.setdefault(position.sample, position)
-        if len(found) >= count:
+            positions_by_sample.setdefault(position.sample, position)
+        if len(positions_by_sample) >= count:
             break
-    return list(found.values())[:count]
+    return list(positions_by_sample.values())[:count]
 
 
 def draw_rows(shards: Shards, count: int, seed: int) -> list[int]:
@@ -140,17 +142,19 @@ def _read_alone(shards: Shards, row: int) -> StoredSample | str:
         return describe_failure(shards, row, error)
 
 
-def _prepare(reader: Reader, shards: Shards, position: StreamPosition, found: StoredSample | str) -> PreviewSample:
+def _prepare(
+    reader: Reader, shards: Shards, position: StreamPosition, stored_or_error: StoredSample | str
+) -> PreviewSample:
     """Prepare a sample; it is not encoded yet."""
     # runs in a thread, so an error is a value: the other samples of the block are still wanted
     stored = prepared = image = None
     problem = ""
-    if isinstance(found, str):
-        problem = found
+    if isinstance(stored_or_error, str):
+        problem = stored_or_error
     else:
-        stored = found
+        stored = stored_or_error
         try:
-            prepared, image = reader.prepare_sample(found, position.position)
+            prepared, image = reader.prepare_sample(stored_or_error, position.position)
         except ValueError as error:
             problem = describe_failure(shards, position.sample, error)
     return PreviewSample(

@@ -170,7 +170,7 @@ def find_several_images(record: dict) -> RecordRejection | None:
 
 
 def has_image(record: dict) -> bool:
-    """Tell if the record names an image. `null` names none."""
+    """Return True if the record names an image. `null` names none."""
     return record.get("image") is not None
 
 
@@ -208,7 +208,7 @@ def _describe_value(value: Any) -> str:
 
 
 def is_unicode(text: str) -> bool:
-    """Tell if a text can be written as UTF-8, which a lone surrogate cannot."""
+    """Return True if a text can be written as UTF-8, which a lone surrogate cannot."""
     try:
         text.encode()
     except UnicodeEncodeError:
@@ -307,13 +307,13 @@ def _media_of_field(name: str) -> str | None:
 
 @functools.lru_cache(maxsize=1024)
 def _may_be_one_of_several(name: str) -> bool:
-    """Tell if a field is named as one of several images, such as image_2."""
+    """Return True if a field is named as one of several images, such as image_2."""
     is_plain = _MEDIA_FIELD_PATTERNS["unsupported image"].fullmatch(name)
     return not is_plain and _ONE_OF_SEVERAL_IMAGES.fullmatch(name) is not None
 
 
 def holds_image(value: Any, or_path: bool = False) -> bool:
-    """Tell if a value of a table is an image: its bytes, an object with them, or a list of these.
+    """Return True if a value of a table is an image: its bytes, an object with them, or a list of these.
 
     Args:
         value: the value.

@@ -59,7 +59,7 @@ def find_repair(record: Any, rejection: RecordRejection, max_words: int | None) 
 
 
 def _has_turns(record: Any) -> bool:
-    """Tell if a record has turns with roles and texts. A rejection for another field says nothing about them."""
+    """Return True if a record has turns with roles and texts. A rejection for another field says nothing about them."""
     turns = record.get("conversations") if isinstance(record, dict) else None
     return isinstance(turns, list) and all(
         isinstance(turn, dict) and isinstance(turn.get("from"), str) and isinstance(turn.get("value"), str)

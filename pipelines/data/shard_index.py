@@ -56,7 +56,7 @@ class StoredSample:
 
 
 def is_finished(out: str) -> bool:
-    """Tell if the folder contains a finished set."""
+    """Return True if the folder contains a finished set."""
     return storage.exists(storage.join(out, INDEX_FILE))
 
 

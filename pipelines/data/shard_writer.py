@@ -33,13 +33,13 @@ from tqdm import tqdm
 
 from pipelines.core import parallel, storage
 from pipelines.core.imports import import_without
-from pipelines.data import records as check
 from pipelines.data import tars
 from pipelines.data.digest_set import DIGEST_BYTES, DigestSet
 from pipelines.data.images import URL_SCHEME, ImageFolder, OutsideError, check_image
 from pipelines.data.index_file import INDEX_SCHEMA, IndexBuilder, as_record_batch
 from pipelines.data.options import ShardOptions
 from pipelines.data.quarantine import QuarantineError, RejectionSummary
+from pipelines.data.records import RecordRejection, find_rejection, has_image, shorten
 from pipelines.data.repairs import find_repair
 from pipelines.data.shard_index import (
     QUARANTINE_FILE,
@@ -106,8 +106,8 @@ def make_shards(records: Iterable[Any], images: str, out: str, options: ShardOpt
     title = f"shards {posixpath.basename(out.rstrip('/'))}"
     total = len(records) if isinstance(records, Sized) else None
     bar_format = BAR_FORMAT if total else COUNT_FORMAT
-    with DigestSet() as seen, tqdm(desc=title, total=total, unit="record", bar_format=bar_format) as bar:
-        plan = _ShardPlan(records, out, options, seen)
+    with DigestSet() as known_digests, tqdm(desc=title, total=total, unit="record", bar_format=bar_format) as bar:
+        plan = _ShardPlan(records, out, options, known_digests)
         for count in parallel.map_bounded(_write_shard, plan.iterate_tasks(bar.update), images, out, options):
             bar.update(count)
     return _merge_parts(plan, out, options, {**settings, "records": plan.digest})
@@ -140,17 +140,18 @@ class _ListDigest:
     """SHA-256 of a JSON list whose items come one after the other."""
 
     def __init__(self) -> None:
-        self._hash, self._mark = hashlib.sha256(), b"["
+        self._hash = hashlib.sha256()
+        self._separator = b"["  # what precedes the next item
 
     def add(self, item: bytes) -> None:
         """Add an item, given as JSON."""
-        self._hash.update(self._mark + item)
-        self._mark = b", "
+        self._hash.update(self._separator + item)
+        self._separator = b", "
 
     def hexdigest(self) -> str:
         """Return the digest of the list so far."""
         digest = self._hash.copy()
-        digest.update(b"[]" if self._mark == b"[" else b"]")
+        digest.update(b"[]" if self._separator == b"[" else b"]")
         return digest.hexdigest()
 
 
@@ -164,23 +165,23 @@ def _compute_digest(records: Iterable[Any]) -> str:
 
 
 def admit_record(
-    given: SourceRecord, options: ShardOptions
-) -> tuple[dict[str, Any] | None, check.RecordRejection | None, str]:
-    """Decide if a record is stored, without a look at its image and at other records.
+    source_record: SourceRecord, options: ShardOptions
+) -> tuple[dict[str, Any] | None, RecordRejection | None, str]:
+    """Decide from the record alone if it is stored, without its image and the other records.
 
     Returns:
         The record to store, or None; the reason to reject it or to repair it, or None; what the repair does, also if it
         is not asked for.
     """
-    if given.rejection:
-        return None, given.rejection, ""
+    if source_record.rejection:
+        return None, source_record.rejection, ""
     # most records need no repair, which costs as much as another check
-    rejection = check.find_rejection(given.record, options.max_words)
+    rejection = find_rejection(source_record.record, options.max_words)
     if not rejection:
-        return given.record, None, ""
-    repair = find_repair(given.record, rejection, options.max_words)
+        return source_record.record, None, ""
+    repair = find_repair(source_record.record, rejection, options.max_words)
     record = repair.record if repair and options.fix else None
-    return record, given.name_field(rejection), repair.description if repair else ""
+    return record, source_record.name_field(rejection), repair.description if repair else ""
 
 
 class _ShardPlan:
@@ -188,14 +189,14 @@ class _ShardPlan:
 
     Args:
         records, out, options: as for `make_shards`.
-        seen: an empty set for the digests of the records. Copies are found here, since a task sees one shard.
+        known_digests: an empty set for the digests of the records. Copies are found here, since a task sees one shard.
     """
 
-    def __init__(self, records: Iterable[Any], out: str, options: ShardOptions, seen: DigestSet) -> None:
+    def __init__(self, records: Iterable[Any], out: str, options: ShardOptions, known_digests: DigestSet) -> None:
         self.records, self.out, self.options = records, out, options
         self.count = self.shards = 0
         self._digest = _ListDigest()
-        self._seen = seen
+        self._known_digests = known_digests
 
     @property
     def digest(self) -> str:
@@ -211,46 +212,49 @@ class _ShardPlan:
         Raises:
             ValueError: a shard that is there was made of other records.
         """
-        done = set(storage.list_files(storage.join(self.out, UNFINISHED_DIR)))
+        finished = set(storage.list_files(storage.join(self.out, UNFINISHED_DIR)))
         batches = iter(self.records)
         while batch := list(itertools.islice(batches, self.options.samples_per_shard)):
             # each record is read once: what the shard needs of it is taken here
             digest = _ListDigest()
             entries = [self._make_entry(as_source_record(record), digest) for record in batch]
-            number, self.shards = self.shards, self.shards + 1
+            number = self.shards
+            self.shards += 1
             name = f"{number:06d}.arrow"
             task = {"shard": number, "entries": entries, "records": digest.hexdigest()}
-            if name not in done or (found := _read_part_digest(self.out, name)) is None:
+            part_digest = _read_part_digest(self.out, name) if name in finished else None
+            if part_digest is None:
                 yield task
-            elif found != task["records"]:
+            elif part_digest != task["records"]:
                 raise _describe_conflict(self.out)
             else:
                 skip(len(batch))
 
-    def _make_entry(self, given: SourceRecord, digest: _ListDigest) -> dict[str, Any]:
+    def _make_entry(self, source_record: SourceRecord, digest: _ListDigest) -> dict[str, Any]:
         """Make what a task needs of a record: the record with its image, or an entry of the quarantine list."""
-        number, self.count = self.count, self.count + 1
-        text = _to_json(given.record)
+        number = self.count
+        self.count += 1
+        text = _to_json(source_record.record)
         for list_digest in (self._digest, digest):
             list_digest.add(text)
-        if rejection := self._find_duplicate(given, text):
-            return {"quarantine": _make_list_entry(number, given, rejection)}
-        record, rejection, repair = admit_record(given, self.options)
-        listed = _make_list_entry(number, given, rejection, repair) if rejection else None
+        if rejection := self._find_duplicate(source_record, text):
+            return {"quarantine": _make_list_entry(number, source_record, rejection)}
+        record, rejection, repair = admit_record(source_record, self.options)
+        listed = _make_list_entry(number, source_record, rejection, repair) if rejection else None
         if record is None:
             return {"quarantine": listed}
-        entry = {"number": number, "record": record, "image": given.image, **_locate(given)}
+        entry = {"number": number, "record": record, "image": source_record.image, **_locate(source_record)}
         return {**entry, "repair": {**listed, "record": record}} if listed else entry
 
-    def _find_duplicate(self, given: SourceRecord, text: bytes) -> check.RecordRejection | None:
-        if given.rejection:
+    def _find_duplicate(self, source_record: SourceRecord, text: bytes) -> RecordRejection | None:
+        if source_record.rejection:
             return None
         key = hashlib.sha256(text)
-        if given.image is not None:  # the same words may be about several images
-            key.update(hashlib.sha256(given.image).digest())
-        if self._seen.add(key.digest()[:DIGEST_BYTES]):
+        if source_record.image is not None:  # the same words may be about several images
+            key.update(hashlib.sha256(source_record.image).digest())
+        if self._known_digests.add(key.digest()[:DIGEST_BYTES]):
             return None
-        return check.RecordRejection("duplicate", "", check.shorten(given.record))
+        return RecordRejection("duplicate", "", shorten(source_record.record))
 
 
 def _read_part_digest(out: str, name: str) -> str | None:
@@ -285,7 +289,10 @@ def _read_previous_summary(out: str, settings: dict[str, Any]) -> dict[str, Any]
 def _write_shard(task: dict[str, Any], images: str, out: str, options: ShardOptions) -> int:
     """Write one shard, then its part of the index. Returns the number of its records. Runs in a Ray task."""
     webdataset = import_without("webdataset", "torch")
-    num_kept, quarantined, repaired, folder = 0, [], [], ImageFolder(images)
+    folder = ImageFolder(images)
+    num_kept = 0
+    quarantined: list[dict[str, Any]] = []
+    repaired: list[dict[str, Any]] = []
     buffer = io.BytesIO()
     # fixed times and owner: equal records give equal bytes
     with webdataset.TarWriter(buffer, mtime=0, user="redux", group="redux") as tar:
@@ -296,12 +303,12 @@ def _write_shard(task: dict[str, Any], images: str, out: str, options: ShardOpti
             record, key = entry["record"], f"{entry['number']:09d}"
             sample = {"__key__": key, "json": record}
             # a record that passed so far may still have an unusable image
-            if check.has_image(record):
+            if has_image(record):
                 rejection, suffix, image = read_image(folder, record["image"], entry["image"], options)
                 if rejection:
                     rejection = rejection._replace(field=entry["image_name"])
-                    given = SourceRecord(record, origin=entry["origin"])
-                    quarantined.append(_make_list_entry(entry["number"], given, rejection))
+                    source_record = SourceRecord(record, origin=entry["origin"])
+                    quarantined.append(_make_list_entry(entry["number"], source_record, rejection))
                     continue
                 sample = {"__key__": key, suffix: image, "json": record}
             tar.write(sample)
@@ -321,35 +328,35 @@ def _write_shard(task: dict[str, Any], images: str, out: str, options: ShardOpti
     return len(task["entries"])
 
 
-def _locate(given: SourceRecord) -> dict[str, str]:
+def _locate(source_record: SourceRecord) -> dict[str, str]:
     """Return the position of a record in its source, and the name of its image there."""
-    return {"origin": given.origin, "image_name": given.names.get("image", "image")}
+    return {"origin": source_record.origin, "image_name": source_record.names.get("image", "image")}
 
 
 def _make_list_entry(
-    number: int, given: SourceRecord, rejection: check.RecordRejection, repair: str = ""
+    number: int, source_record: SourceRecord, rejection: RecordRejection, repair: str = ""
 ) -> dict[str, Any]:
     """Make a line of the quarantine list, as UTF-8 and JSON that any reader accepts.
 
     Args:
         number: number of the record in the set.
-        given: the record.
+        source_record: the record.
         rejection: the reason to reject it.
         repair: what `fix` would do; "" if no repair is certain.
     """
-    record = given.record
+    record = source_record.record
     name = record.get("id") if isinstance(record, dict) else None
     is_plain = name is None or (isinstance(name, int) and abs(name) < 2**63)
     entry = {
         "number": number,
-        "id": name if is_plain else check.shorten(name),
+        "id": name if is_plain else shorten(name),
         "reason": rejection.reason,
         "field": rejection.field,
         "value": rejection.value,
         "explanation": rejection.explanation,
     }
-    if given.origin:
-        entry["origin"] = check.shorten(given.origin)
+    if source_record.origin:
+        entry["origin"] = shorten(source_record.origin)
     if repair:
         entry["repair"] = repair
     return entry
@@ -357,7 +364,7 @@ def _make_list_entry(
 
 def read_image(
     folder: ImageFolder, path: str, image: bytes | None, options: ShardOptions
-) -> tuple[check.RecordRejection | None, str, bytes]:
+) -> tuple[RecordRejection | None, str, bytes]:
     """Read and check an image. Returns the rejection or None, the suffix, and the bytes to store.
 
     Args:
@@ -375,11 +382,11 @@ def read_image(
         reason = "outside folder" if isinstance(error, OutsideError) else "missing image"
         is_address = URL_SCHEME.match(path) and not path.lower().startswith("file:")
         # the same for all images of a set, so the folder is not searched
-        hint = DOWNLOAD_ADVICE if is_address else check.shorten(folder.find_elsewhere(path))
-        return check.RecordRejection(reason, "image", check.shorten(path), hint), "", b""
+        hint = DOWNLOAD_ADVICE if is_address else shorten(folder.find_elsewhere(path))
+        return RecordRejection(reason, "image", shorten(path), hint), "", b""
     except (ValueError, MemoryError) as error:  # also if the padded square is too large
-        detail = check.shorten(str(error))
-        return check.RecordRejection("broken image", "image", check.shorten(path), detail), "", b""
+        detail = shorten(str(error))
+        return RecordRejection("broken image", "image", shorten(path), detail), "", b""
     return None, suffix, image
 
 
@@ -387,8 +394,10 @@ def read_image(
 class _MergedLists:
     """Counts of the lists of all parts.
 
-    rejections: entries of the quarantine list. repaired: repaired records by reason. faulty_parts: parts with rejected
-    records.
+    Args:
+        rejections: entries of the quarantine list.
+        repaired: number of repaired records by reason.
+        faulty_parts: parts with rejected records.
     """
 
     rejections: RejectionSummary = field(default_factory=RejectionSummary)
@@ -435,7 +444,8 @@ def _read_parts(plan: _ShardPlan, out: str, options: ShardOptions, index: IndexB
             part = ipc.open_file(pa.py_buffer(storage.map_file(name))).read_all()
             index.add(part)
             quarantined = _read_list(part, b"quarantine")
-            merged.faulty_parts += [name] * bool(quarantined)
+            if quarantined:
+                merged.faulty_parts.append(name)
             for entry in quarantined:
                 merged.rejections.add(entry)
                 quarantine_list.write(_to_json(entry) + b"\n")
@@ -457,12 +467,12 @@ def _describe_refusal(rejections: RejectionSummary, num_records: int, options: S
     num_rejected = rejections.counts.total()
     counts = ", ".join(f"{count} {reason}" for reason, count in sorted(rejections.counts.items()))
     # parts of older versions lack some fields
-    first = {"field": "", "value": "", "explanation": rejections.first["reason"], **rejections.first}
+    entry = {"field": "", "value": "", "explanation": rejections.first["reason"], **rejections.first}
     example = (
-        f"record {first['number']}: {first['field'] or 'the record'}: got {first['value']}: {first['explanation']}"
+        f"record {entry['number']}: {entry['field'] or 'the record'}: got {entry['value']}: {entry['explanation']}"
     )
     all_fail_alike = num_rejected == num_records and len(rejections.counts) == 1
-    if all_fail_alike and first["reason"] not in ("missing image", "broken image"):
+    if all_fail_alike and entry["reason"] not in ("missing image", "broken image"):
         return (
             f"all {num_records} records cannot be used for one reason ({counts}), so the form of the file is wrong; "
             f'{example}; allowed: a form of "Formats" in jobs/README.md, or a column map; all are listed in'

@@ -249,7 +249,7 @@ def _read_members(data: BytesLike, name: str, tar: Tar) -> Iterator[TarMember]:
     if nonzero_at is not None:
         raise ValueError(
             f"{name}: WebDataset reads {tar.members} members and stops at byte {end}, and there is more from byte "
-            f"{nonzero_at} on, allowed: one whole tar (not two behind one another, nor a damaged or cut one)"
+            f"{nonzero_at} on, allowed: one whole tar (not two concatenated tars, not a damaged or cut one)"
         )
 
 
@@ -258,14 +258,14 @@ def _read_headers(data: BytesLike, name: str) -> Iterator[tuple[tarfile.TarInfo,
     try:
         # tarfile detects a cut tar by seeking beyond the end, which a memory map does not allow
         file = io.BytesIO(data) if isinstance(data, bytes) else _SeekableMap(data)
-        with tarfile.open(fileobj=file, mode="r:") as opened:
+        with tarfile.open(fileobj=file, mode="r:") as archive:
             previous = -1
-            while info := opened.next():
-                if opened.offset <= previous:  # a negative size in a damaged header would loop forever
+            while info := archive.next():
+                if archive.offset <= previous:  # a negative size in a damaged header would loop forever
                     raise tarfile.ReadError("a member begins before the previous one")
-                previous = opened.offset
-                opened.members = []  # type: ignore[attr-defined]  # else all headers stay in memory
-                yield info, opened.offset
+                previous = archive.offset
+                archive.members = []  # type: ignore[attr-defined]  # else all headers stay in memory
+                yield info, archive.offset
     except GeneratorExit:
         raise
     except Exception as error:  # a damaged header raises more than tarfile's errors
@@ -281,7 +281,7 @@ class _SeekableMap(io.RawIOBase):
     """Memory map as a readable file that can seek beyond its end. Bytes are copied only when they are read."""
 
     def __init__(self, data: mmap.mmap) -> None:
-        self._data, self._at = data, 0
+        self._data, self._position = data, 0
 
     def readable(self) -> bool:
         return True
@@ -290,24 +290,24 @@ class _SeekableMap(io.RawIOBase):
         return True
 
     def tell(self) -> int:
-        return self._at
+        return self._position
 
     def seek(self, offset: int, whence: int = io.SEEK_SET) -> int:
-        base = {io.SEEK_SET: 0, io.SEEK_CUR: self._at, io.SEEK_END: len(self._data)}[whence]
+        base = {io.SEEK_SET: 0, io.SEEK_CUR: self._position, io.SEEK_END: len(self._data)}[whence]
         if base + offset < 0:
             raise ValueError(f"negative seek position {base + offset}")
-        self._at = base + offset
-        return self._at
+        self._position = base + offset
+        return self._position
 
     def read(self, size: int | None = -1) -> bytes:
-        stop = len(self._data) if size is None or size < 0 else self._at + size
-        chunk = self._data[self._at : stop]
-        self._at += len(chunk)
+        stop = len(self._data) if size is None or size < 0 else self._position + size
+        chunk = self._data[self._position : stop]
+        self._position += len(chunk)
         return chunk
 
 
 def _is_metadata(name: str) -> bool:
-    """Tell if a member is metadata, which `webdataset.tariterators.tar_file_iterator` skips."""
+    """Return True if a member is metadata, which `webdataset.tariterators.tar_file_iterator` skips."""
     is_file = "/" not in name and name.startswith("__") and name.endswith("__")
     return is_file or re.match(r"__[^/]*__($|/)", name) is not None
 
@@ -319,6 +319,7 @@ def _group_samples(members: Iterator[TarMember], name: str) -> Iterator[TarSampl
 
     def entries() -> Iterator[dict[str, Any]]:
         nonlocal last
+        # `last` stays the member after whose entry WebDataset stopped
         for last in members:
             yield {"fname": last.name, "data": last, "__url__": name}
 
@@ -419,7 +420,7 @@ def find_image(sample: TarSample, record: dict, data: BytesLike) -> tuple[TarMem
 
 
 def _is_image(member: TarMember, data: BytesLike) -> bool:
-    """Tell if the bytes of a member begin like an image. False for members with a suffix of texts."""
+    """Return True if the bytes of a member begin like an image. False for members with a suffix of texts."""
     if member.sparse or find_last_suffix(member) in TEXT_SUFFIXES:
         return False
     try:

@@ -43,14 +43,14 @@ class UnmadeShards(Shards):
         # digests, because whole records of a large file would be in memory twice
         seen: set[bytes] = set()
         embedded_bytes = 0
-        for number, given in enumerate(map(as_source_record, records)):
-            digest = hashlib.sha256(json.dumps(given.record, default=str).encode())
-            digest.update(given.image or b"")
-            record, _, _ = admit_record(given, options)
+        for number, source_record in enumerate(map(as_source_record, records)):
+            digest = hashlib.sha256(json.dumps(source_record.record, default=str).encode())
+            digest.update(source_record.image or b"")
+            record, _, _ = admit_record(source_record, options)
             if record is not None and digest.digest() not in seen:
-                if given.image is not None:
-                    self._embedded[len(self._numbers)] = given.image
-                    embedded_bytes += len(given.image)
+                if source_record.image is not None:
+                    self._embedded[len(self._numbers)] = source_record.image
+                    embedded_bytes += len(source_record.image)
                     if embedded_bytes > MAX_EMBEDDED_BYTES:
                         raise ValueError(
                             f"{images}: its images take more than {MAX_EMBEDDED_BYTES >> 30} GiB, allowed for a set "

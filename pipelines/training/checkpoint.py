@@ -119,7 +119,7 @@ class SavedCheckpoint:
     manifest: Manifest
 
 
-def format_name(cursor: int) -> str:
+def format_step_name(cursor: int) -> str:
     """Return the folder name of the checkpoint after so many global batches."""
     return f"step-{cursor:06d}"
 
@@ -152,8 +152,8 @@ def read_checkpoint(url: str) -> SavedCheckpoint:
     except DamagedError as error:
         raise DamagedError(f"{url}: {error}") from None
     # A copied manifest is valid, but does not describe the files of this folder.
-    if not url.endswith(format_name(manifest.cursor)):
-        raise DamagedError(f"{url}: {MANIFEST} is that of {format_name(manifest.cursor)}")
+    if not url.endswith(format_step_name(manifest.cursor)):
+        raise DamagedError(f"{url}: {MANIFEST} is that of {format_step_name(manifest.cursor)}")
     return SavedCheckpoint(url, manifest)
 
 
@@ -224,7 +224,8 @@ def _group_by_size(copies: list[tuple[Piece, Tensor]]) -> Iterator[list[tuple[Pi
 
 
 def _tensor_key(piece: Piece) -> str:
-    return "{1}/{0}/{2}".format(*piece)
+    parameter, state, start, _ = piece
+    return f"{state}/{parameter}/{start}"
 
 
 def commit(url: str, manifest: Manifest, job: str) -> None:
@@ -255,7 +256,7 @@ def prune(folder: str, cursor: int, last: int, best: int) -> None:
         best: number of checkpoints with the lowest loss that are kept besides these.
     """
     # The newest checkpoint stays in any case, even if its manifest cannot be read just now.
-    newest = _sort_key(format_name(cursor))
+    newest = _sort_key(format_step_name(cursor))
     steps = [step for step in _list_steps(folder) if _sort_key(step) <= newest]
     checkpoints = [
         saved
@@ -263,7 +264,7 @@ def prune(folder: str, cursor: int, last: int, best: int) -> None:
         if isinstance(saved, SavedCheckpoint) and saved.manifest.cursor <= cursor
     ]
     kept = [*checkpoints[:last], *sorted(checkpoints, key=lambda saved: saved.manifest.loss)[:best]]
-    for step in {*steps} - {format_name(saved.manifest.cursor) for saved in kept} - {format_name(cursor)}:
+    for step in {*steps} - {format_step_name(saved.manifest.cursor) for saved in kept} - {format_step_name(cursor)}:
         _remove(storage.join(folder, step))
 
 
@@ -289,12 +290,12 @@ def _sort_key(step: str) -> tuple[int, str]:
     return len(step), step
 
 
-def load_fragments(saved: SavedCheckpoint, wanted: Sequence[Fragment]) -> list[dict[str, Tensor]]:
+def load_fragments(saved: SavedCheckpoint, fragments: Sequence[Fragment]) -> list[dict[str, Tensor]]:
     """Load the states of fragments from a checkpoint and check them. Does not write into the fragments.
 
     Args:
         saved: checkpoint of any layout.
-        wanted: fragments whose states are loaded; their tensors give the shapes.
+        fragments: fragments whose states are loaded; their tensors give the shapes.
 
     Returns:
         For each fragment, its states by name: fp32 tensors of shape (length,).
@@ -303,54 +304,66 @@ def load_fragments(saved: SavedCheckpoint, wanted: Sequence[Fragment]) -> list[d
         DamagedError: a file is missing, has another size or checksum, or a part of a fragment is not stored.
     """
     result = [
-        {state: torch.empty(fragment.length, dtype=torch.float32) for state in fragment.states} for fragment in wanted
+        {state: torch.empty(fragment.length, dtype=torch.float32) for state in fragment.states}
+        for fragment in fragments
     ]
-    indices: dict[tuple[str, str], list[int]] = {}
-    for index, fragment in enumerate(wanted):
-        for state in fragment.states:
-            indices.setdefault((fragment.name, state), []).append(index)
+    overlaps = _OverlapFinder(fragments)
 
     def copy_file(file: str) -> list[tuple[int, str, int]]:
-        """Copy the overlap of every piece of the file with every wanted fragment of the same parameter.
-
-        Returns (index of the fragment, state, number of elements) of each copy.
-        """
+        """Copy the file's pieces into the result. Returns (index of fragment, state, elements) of each copy."""
         copied = []
-        for (parameter, state, start, length), tensor in _read_checked(saved, file):
-            for index in indices.get((parameter, state), []):
-                fragment = wanted[index]
-                first, stop = max(start, fragment.start), min(start + length, fragment.stop)
-                if first < stop:
-                    target = result[index][state][first - fragment.start : stop - fragment.start]
-                    target.copy_(tensor[first - start : stop - start])
-                    copied.append((index, state, stop - first))
+        for piece, tensor in _read_checked(saved, file):
+            _, state, piece_start, _ = piece
+            for index, start, stop in overlaps.find(piece):
+                # `start` and `stop` count elements of the parameter. Both tensors hold a section of it.
+                offset = fragments[index].start
+                target = result[index][state][start - offset : stop - offset]
+                target.copy_(tensor[start - piece_start : stop - piece_start])
+                copied.append((index, state, stop - start))
         return copied
 
-    def overlaps(pieces: list[Piece]) -> bool:
-        return any(
-            start < wanted[index].stop and wanted[index].start < start + length
-            for parameter, state, start, length in pieces
-            for index in indices.get((parameter, state), [])
-        )
-
-    # Read only the files that hold a piece of a wanted fragment.
-    needed = [name for name, entry in saved.manifest.files.items() if overlaps(entry.pieces)]
-    missing = [dict.fromkeys(fragment.states, fragment.length) for fragment in wanted]
+    # Read only the files that hold a part of a fragment.
+    files = [name for name, entry in saved.manifest.files.items() if any(map(overlaps.find, entry.pieces))]
+    remaining = [dict.fromkeys(fragment.states, fragment.length) for fragment in fragments]
     with ThreadPoolExecutor(CONCURRENT_READS) as pool:
         # Count here and not in the threads: two of them may copy into one fragment.
-        for copied in pool.map(copy_file, needed):
+        for copied in pool.map(copy_file, files):
             for index, state, count in copied:
-                missing[index][state] -= count
-    for fragment, counts in zip(wanted, missing, strict=True):
+                remaining[index][state] -= count
+    # Pieces of a checkpoint do not overlap, so a fragment is complete if none of its elements remain.
+    for fragment, counts in zip(fragments, remaining, strict=True):
         if any(counts.values()):
             raise DamagedError(f"{saved.url}: {fragment.name} is missing or incomplete")
     return result
 
 
+class _OverlapFinder:
+    """Search for the fragments that share elements with a stored piece."""
+
+    def __init__(self, fragments: Sequence[Fragment]) -> None:
+        self._fragments = fragments
+        self._indices: dict[tuple[str, str], list[int]] = {}
+        """Indices of the fragments by parameter and state."""
+        for index, fragment in enumerate(fragments):
+            for state in fragment.states:
+                self._indices.setdefault((fragment.name, state), []).append(index)
+
+    def find(self, piece: Piece) -> list[tuple[int, int, int]]:
+        """Return (index of the fragment, first common element, element after the last one) of each overlap."""
+        parameter, state, piece_start, length = piece
+        result = []
+        for index in self._indices.get((parameter, state), []):
+            fragment = self._fragments[index]
+            start, stop = max(piece_start, fragment.start), min(piece_start + length, fragment.stop)
+            if start < stop:
+                result.append((index, start, stop))
+        return result
+
+
 def load_weights(saved: SavedCheckpoint, shapes: dict[str, torch.Size]) -> dict[str, Tensor]:
     """Load whole trained weights in fp32, by name of the parameter."""
-    wanted = [Fragment(name, 0, {"weight": torch.empty(shape.numel())}) for name, shape in shapes.items()]
-    loaded = load_fragments(saved, wanted)
+    fragments = [Fragment(name, 0, {"weight": torch.empty(shape.numel())}) for name, shape in shapes.items()]
+    loaded = load_fragments(saved, fragments)
     return {name: states["weight"].view(shape) for (name, shape), states in zip(shapes.items(), loaded, strict=True)}
 
 
@@ -410,13 +423,13 @@ def _shorten(value: Any) -> str:
 
 
 def restore_newest(
-    folder: str, wanted: Sequence[Fragment], check: Callable[[str, Manifest], None]
+    folder: str, fragments: Sequence[Fragment], check: Callable[[str, Manifest], None]
 ) -> tuple[Manifest | None, list[str]]:
     """Load the newest intact checkpoint into the fragments. A collective: all ranks load the same checkpoint.
 
     Args:
         folder: checkpoints of the stage.
-        wanted: fragments of this rank; their tensors are overwritten.
+        fragments: fragments of this rank; their tensors are overwritten.
         check: called with (url, manifest) before a checkpoint is loaded; raises ValueError to refuse it.
 
     Returns:
@@ -431,15 +444,7 @@ def restore_newest(
     candidates = list_newest_first(folder) if rank == 0 else iter(())
 
     # Each iteration tries one candidate. It ends on all ranks in the same way, because it has collectives.
-    while True:
-        candidate = broadcast_from_rank_0(lambda: next(candidates, None))
-        if candidate is None and first_error:
-            raise RefusedError(
-                f"{folder}: none of its checkpoints can be loaded; {first_error}; remove them to start from step 0"
-            )
-        if candidate is None:
-            return None, skipped
-
+    while (candidate := broadcast_from_rank_0(lambda: next(candidates, None))) is not None:
         # A folder without a valid manifest comes as the reason.
         if isinstance(candidate, str):
             skipped.append(candidate)
@@ -447,20 +452,26 @@ def restore_newest(
         check(candidate.url, candidate.manifest)
 
         # Load into new tensors: another rank may find damage, and then no rank may keep what it loaded.
-        states, error = _load_on_all_ranks(candidate, wanted)
+        states, error = _load_on_all_ranks(candidate, fragments)
         if error:
             skipped.append(error)
             first_error = first_error or error
             continue
 
         # Every rank has its whole share. Write it into the live tensors.
-        for fragment, loaded in zip(wanted, states, strict=True):
+        for fragment, loaded in zip(fragments, states, strict=True):
             for state, tensor in loaded.items():
                 fragment.states[state].data.copy_(tensor)
         return candidate.manifest, skipped
 
+    if first_error:
+        raise RefusedError(
+            f"{folder}: none of its checkpoints can be loaded; {first_error}; remove them to start from step 0"
+        )
+    return None, skipped
 
-def _load_on_all_ranks(saved: SavedCheckpoint, wanted: Sequence[Fragment]) -> tuple[list[dict[str, Tensor]], str]:
+
+def _load_on_all_ranks(saved: SavedCheckpoint, fragments: Sequence[Fragment]) -> tuple[list[dict[str, Tensor]], str]:
     """Load the fragments of this rank. A collective.
 
     Returns:
@@ -468,7 +479,7 @@ def _load_on_all_ranks(saved: SavedCheckpoint, wanted: Sequence[Fragment]) -> tu
     """
     states, local_error = list[dict[str, Tensor]](), ""
     try:
-        states = load_fragments(saved, wanted)
+        states = load_fragments(saved, fragments)
     except DamagedError as error:
         local_error = str(error)
     errors: list[str] = [""] * dist.get_world_size()

@@ -62,7 +62,7 @@ StopCallback = Callable[[Path, str, int, int], bool]
 
 
 class StoppedError(Exception):
-    """Raised after the stop callback has stopped a stage."""
+    """Error of a stage that the stop callback has stopped."""
 
 
 class WorkerGroup:
@@ -72,7 +72,7 @@ class WorkerGroup:
         client: recorder of the workers; None without workers.
         future: result of Ray Train.
         upcoming: plans of the stages that the workers train next.
-        started_for: plan of the stage before which workers were started that have no work yet; None without them.
+        started_for: plan of the stage for which workers were started early; None once they have work.
     """
 
     def __init__(self) -> None:
@@ -201,10 +201,13 @@ def train_stage(
     _print_summary(work)
     _check_stage(work.plan)
     # The model of a later stage may exist already: it is skipped, and new workers train those after it.
-    unfinished = takewhile(lambda following: not is_complete(following.result), later)
-    prepared = [work, *map(_prepare_stage, unfinished)] if not group.expects(work.plan) else [work]
-    same = list(takewhile(lambda following: following.plan.workers == work.plan.workers, prepared))
-    client = group.open_stage(work, same[1:], extra_hook_factories)
+    if group.expects(work.plan):
+        prepared = list[StageWork]()
+    else:
+        unfinished = takewhile(lambda following: not is_complete(following.result), later)
+        prepared = list(map(_prepare_stage, unfinished))
+    next_stages = list(takewhile(lambda following: following.plan.workers == work.plan.workers, prepared))
+    client = group.open_stage(work, next_stages, extra_hook_factories)
     try:
         _follow_workers(work, group, client, should_stop)
         export.export_result(work.plan, work.steps)
@@ -234,7 +237,7 @@ def _prepare_stage(plan: StagePlan) -> StageWork:
 
 
 def _decide_workers(plan: StagePlan) -> StagePlan:
-    """Return the plan with its number of workers. None configured means as many as the cluster has places for."""
+    """Return the plan with its number of workers. None configured means as many as the cluster can run."""
     return plan.with_workers(cluster.count_model_processes(plan.gpu_share))
 
 

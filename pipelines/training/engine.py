@@ -30,7 +30,7 @@ from pipelines.data import ingest
 from pipelines.training.checkpoint import RefusedError
 from pipelines.training.feature_writer import compute_tower_digest
 from pipelines.training.plan import LearningRateSchedule, StagePlan
-from pipelines.training.stage import Part, Stage
+from pipelines.training.stage import ModelPart, Stage
 from redux import contrastive, model
 from redux.architecture import TowerSizes
 from redux.contrastive import ContrastiveClip
@@ -78,12 +78,12 @@ class LlavaWithLoss(torch.nn.Module):
         if image_features is not None:
             batch["mm_encoder_outputs"] = {"image": self.llava.model.project_features(image_features)}
         hidden = self.llava.model(**batch, use_cache=False).last_hidden_state
-        learned = labels[:, 1:] != IGNORE_INDEX
-        logits = self.llava.lm_head(hidden[:, :-1][learned]).float()
-        losses = F.cross_entropy(logits, labels[:, 1:][learned], reduction="none")
-        # each token has the weight of its sample
-        token_weight = weight[:, None].expand_as(learned) if sample_index is None else weight[sample_index[:, 1:]]
-        return (losses * token_weight[learned]).sum()
+        is_labelled = labels[:, 1:] != IGNORE_INDEX
+        logits = self.llava.lm_head(hidden[:, :-1][is_labelled]).float()
+        losses = F.cross_entropy(logits, labels[:, 1:][is_labelled], reduction="none")
+        # Each token has the weight of its sample.
+        token_weight = weight[:, None].expand_as(is_labelled) if sample_index is None else weight[sample_index[:, 1:]]
+        return (losses * token_weight[is_labelled]).sum()
 
 
 class ClipWithLoss(torch.nn.Module):
@@ -178,7 +178,7 @@ def add_loss(
         lora.add_adapters(llava, plan.stage.lora)
         parts["language"] = lora.list_adapter_parameters(llava)
     if plan.stage.activation_checkpointing:
-        # transformers 5.23 deprecates it, but 5.19 to 5.22 do not have its successor, activation_checkpointing_enable
+        # transformers 5.23 deprecates it, but 5.19 to 5.22 do not have its successor, activation_checkpointing_enable.
         llava.gradient_checkpointing_enable({"use_reentrant": False})
     return LlavaWithLoss(llava), parts
 
@@ -299,7 +299,7 @@ def build_engine(plan: StagePlan, workers: int) -> DeepSpeedEngineProtocol:
 
 def select_trained(
     module: torch.nn.Module, parts: Mapping[str, list[torch.nn.Parameter]], stage: Stage
-) -> dict[Part, list[torch.nn.Parameter]]:
+) -> dict[ModelPart, list[torch.nn.Parameter]]:
     """Prepare a module for training: parts with a learning rate train, all others are frozen. Returns the former."""
     module.train()
     for parameter in module.parameters():
@@ -390,13 +390,13 @@ def move_to_device(batch: ingest.Batch, engine: DeepSpeedEngineProtocol) -> dict
     features travel as their bytes.
     """
     names = ["pixel_values", "image_features", "input_ids", "labels"]
-    # transformers separates conversations of a row where positions restart, but only without an attention mask
+    # transformers separates conversations of a row where positions restart, but only without an attention mask.
     names += ["position_ids", "sample_index"] if "position_ids" in batch else ["attention_mask"]
     tensors = {name: torch.tensor(batch[name], device=engine.device) for name in names if name in batch}
     dtype = next(engine.module.parameters()).dtype
     if "image_features" in tensors:
         count, tokens, row_bytes = tensors["image_features"].shape
-        # torch does not view the bytes of no image in three dimensions
+        # torch does not view the bytes of no image in three dimensions.
         values = tensors["image_features"].flatten().view(dtype)
         tensors["image_features"] = values.view(count, tokens, row_bytes // dtype.itemsize)
     else:

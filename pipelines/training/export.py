@@ -32,7 +32,7 @@ AddFiles = Callable[[Path], None]
 def export_result(plan: StagePlan, cursor: int) -> None:
     """Export the result of a stage, its model and tokenizer after so many steps. ValueError as `export_checkpoint`."""
     try:
-        saved = checkpoint.read_checkpoint(storage.join(plan.folder, checkpoint.format_name(cursor)))
+        saved = checkpoint.read_checkpoint(storage.join(plan.folder, checkpoint.format_step_name(cursor)))
     except DamagedError as error:
         raise ValueError(str(error)) from None
     export_checkpoint(plan, saved, plan.result)

@@ -109,18 +109,18 @@ def write_features(source: str, out: str, model: ReduxModel, format: FeatureForm
     Raises:
         ValueError: `out` has features of another set, or by another tower or other pixels; or `source` is not a set.
     """
-    # the format comes first, so that a second start with other settings is refused
+    # The format comes first, so that a second start with other settings is refused.
     shards = Shards(source)
     fingerprint = shards.fingerprint
-    found = read_format(out)
-    if found and found[:2] != (format, fingerprint):
+    stored_format = read_format(out)
+    if stored_format and stored_format[:2] != (format, fingerprint):
         raise ValueError(
             f"{out}: contains features of another set, tower or form of images, allowed: an empty folder; delete it, "
             "or name another"
         )
-    write_format(out, format, fingerprint, is_finished=bool(found and found[2]))
+    write_format(out, format, fingerprint, is_finished=bool(stored_format and stored_format[2]))
     storage.remove_partial(out)
-    # a file is there if its shard is done, since files are written atomically
+    # A file is there if its shard is done, since files are written atomically.
     sizes = shards.shard_sizes
     done = set(storage.list_files(out))
     missing = [{"shard": number} for number in range(len(sizes)) if name_file(number) not in done]
@@ -129,7 +129,7 @@ def write_features(source: str, out: str, model: ReduxModel, format: FeatureForm
     skipped = int(sizes.sum()) - sum(int(sizes[item["shard"]]) for item in missing)
     with tqdm(desc="features", total=int(sizes.sum()), initial=skipped, unit="sample", bar_format=BAR_FORMAT) as bar:
         for block in _encode_shards(missing, shards, out, model, format):
-            # a signal's exception may be swallowed in a library
+            # A signal's exception may be swallowed in a library.
             interrupts.raise_if_interrupted()
             unusable += int(block["unusable"][0])
             bar.update(int(sizes[int(block["shard"][0])]))
@@ -142,7 +142,7 @@ def _encode_shards(
 ) -> Iterable[Mapping[str, Any]]:
     if not missing:
         return []
-    # the weights are stored once for all actors, and stay there as long as this process holds them
+    # The weights are stored once for all actors, and stay there as long as this process holds them.
     get_model = share_tower(model)
     actors = min(cluster.count_model_processes(), len(missing))
     return (
@@ -186,7 +186,7 @@ class FeatureEncoder:
         stops = np.cumsum(self.shards.shard_sizes)
         start, stop = int(stops[shard - 1]) if shard else 0, int(stops[shard])
         numbers = start + np.flatnonzero(self.shards.image_sizes[start:stop])
-        # all features of a shard are in memory, because an object store has no appends
+        # All features of a shard are in memory, because an object store has no appends.
         records = []
         for first in range(0, len(numbers), CHUNK_SAMPLES):
             chunk = numbers[first : first + CHUNK_SAMPLES].tolist()

@@ -58,12 +58,12 @@ def local_fragments(engine: "DeepSpeedEngineProtocol") -> list[Fragment]:
                 **{name: torch.zeros_like(master) for name in MOMENTS},
             }
     find_fragment = _fragment_finder(engine)
-    found = [
+    fragments = [
         find_fragment(name, parameter)
         for name, parameter in engine.module.named_parameters()
         if parameter.requires_grad
     ]
-    return [fragment for fragment in found if fragment is not None]
+    return [fragment for fragment in fragments if fragment is not None]
 
 
 def owned_fragments(engine: "DeepSpeedEngineProtocol") -> list[Fragment]:

@@ -72,7 +72,7 @@ class Hook:
 
 
 class Watchdog(Hook):
-    """Ends this process if a step takes too long, so that Ray restarts all workers.
+    """Watchdog that ends this process if a step takes too long, so that Ray restarts all workers.
 
     The timer is a C thread of the interpreter. It also fires while the hung code holds the GIL. It writes the stacks
     of all threads into the folder.
@@ -103,7 +103,7 @@ class Watchdog(Hook):
 
 
 class RecordingHook(Hook):
-    """Rank 0 sends each step to the recorder and votes for a stop if the driver requests one."""
+    """Hook that sends each step to the recorder, on rank 0, and votes for a stop if the driver requests one."""
 
     votes = ("stop",)
 
@@ -126,7 +126,7 @@ class RecordingHook(Hook):
 
 
 class PreemptionHook(Hook):
-    """Requests a checkpoint when Ray announces that a machine of the workers will be preempted.
+    """Hook that requests a checkpoint when Ray announces that a machine of the workers will be preempted.
 
     The announcement to rank 0 counts. `ray.train.get_preemption_info` is a collective over all workers of Ray, and
     would wait forever for idle workers that do not share the global batch.
@@ -160,7 +160,7 @@ class PreemptionHook(Hook):
 
 @dataclass
 class CheckpointHook(Hook):
-    """Saves checkpoints. Uploads run during the next steps; a later step commits the checkpoint.
+    """Hook that saves checkpoints. Uploads run during the next steps; a later step commits the checkpoint.
 
     A checkpoint that storage refuses does not stop training, except after the last step.
 
@@ -171,7 +171,7 @@ class CheckpointHook(Hook):
         data: fingerprint of each set, for the manifest.
         model: description of the model, for the manifest.
         upload: this rank's upload in progress.
-        saved: step of the last checkpoint that was begun.
+        last_saved_step: step of the last checkpoint that was begun.
         losses: losses of the steps since then.
     """
 
@@ -183,10 +183,10 @@ class CheckpointHook(Hook):
     data: dict[str, str]
     model: dict[str, Any]
     upload: Upload | None = None
-    saved: int = 0
+    last_saved_step: int = 0
     losses: list[float] = field(default_factory=list)
     _manifest: dict[str, Any] = field(default_factory=dict)
-    _commit: Future[Failure | None] | None = None
+    _commit_future: Future[Failure | None] | None = None
     _pool: ThreadPoolExecutor = field(default_factory=lambda: ThreadPoolExecutor(1))
 
     def vote(self) -> dict[str, float]:
@@ -199,12 +199,13 @@ class CheckpointHook(Hook):
         if self.upload and step.votes["upload_done"] == dist.get_world_size():
             self._gather_and_commit()
         is_due = step.number % self.plan.stage.save_steps == 0
-        if (is_due or step.should_save or step.is_last or step.should_stop) and step.number != self.saved:
+        if (is_due or step.should_save or step.is_last or step.should_stop) and step.number != self.last_saved_step:
             self._begin_upload(step)
         if step.is_last or step.should_stop:
             failure = self.finish()
             if failure and step.is_last:
-                raise (ValueError if failure.kind == Kind.PERMANENT else OSError)(failure.text)
+                error_class = ValueError if failure.kind == Kind.PERMANENT else OSError
+                raise error_class(failure.text)
 
     def finish(self) -> Failure | None:
         """Wait until the checkpoint in progress is committed, and return its error if any. A collective."""
@@ -218,7 +219,7 @@ class CheckpointHook(Hook):
         """Copy the state and start the upload, after the previous checkpoint is complete."""
         # If storage is slower than training, wait for the previous upload here.
         self._gather_and_commit()
-        url = storage.join(self.plan.folder, checkpoint.format_name(step.number))
+        url = storage.join(self.plan.folder, checkpoint.format_step_name(step.number))
         # NaN is the only value that differs from itself.
         finite = [loss for loss in self.losses if loss == loss]
         self._manifest = {
@@ -230,7 +231,7 @@ class CheckpointHook(Hook):
             "model": self.model,
         }
         self.losses = []
-        self.saved = step.number
+        self.last_saved_step = step.number
         self.upload = Upload(url, dist.get_rank(), fragments.owned_fragments(self.engine))
 
     def _gather_and_commit(self) -> None:
@@ -249,7 +250,7 @@ class CheckpointHook(Hook):
         files = {name: entry for _, entries in parts for name, entry in entries.items()}
         manifest = Manifest(**self._manifest, files=files)
         errors = [error for error, _ in parts if error]
-        self._commit = self._pool.submit(self._commit_or_discard, upload.url, manifest, errors)
+        self._commit_future = self._pool.submit(self._commit_or_discard, upload.url, manifest, errors)
 
     def _commit_or_discard(self, url: str, manifest: Manifest, errors: list[Failure]) -> Failure | None:
         """Commit the checkpoint, or remove its files and report the reason. Runs in a thread of rank 0.
@@ -263,7 +264,7 @@ class CheckpointHook(Hook):
             The error, with the reported message, or None.
         """
         name, stage = self.plan.name, self.plan.stage
-        failure = errors[0] if errors else self._write_manifest(url, manifest)
+        failure = errors[0] if errors else self._commit(url, manifest)
         if failure:
             message = f"{name}: no checkpoint after step {manifest.cursor}: {failure.text}"
             self.recorder.add_message(message)
@@ -278,7 +279,7 @@ class CheckpointHook(Hook):
             self.recorder.add_message(f"{name}: checkpoints before step {manifest.cursor} stay for now: {reason}")
         return None
 
-    def _write_manifest(self, url: str, manifest: Manifest) -> Failure | None:
+    def _commit(self, url: str, manifest: Manifest) -> Failure | None:
         """Commit the checkpoint and return the error of the storage, if any."""
         try:
             # First flush metrics.jsonl, so that after a crash of the machine the record reaches the cursor.
@@ -291,6 +292,6 @@ class CheckpointHook(Hook):
 
     def _wait_for_commit(self) -> Failure | None:
         """Wait for the commit in progress and return its error, if any."""
-        commit = self._commit
-        self._commit = None
-        return commit.result() if commit else None
+        future = self._commit_future
+        self._commit_future = None
+        return future.result() if future else None

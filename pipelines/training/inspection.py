@@ -160,7 +160,7 @@ def inspect_set(
     checker = _SampleChecker(inspection, work, tower_tokens)
     for sample in draw_samples(reader, name, count, seed, work.steps, threads):
         if sample.stored is not None:
-            _note_source(inspection, sample)
+            _record_stored_sample(inspection, sample)
         if sample.prepared is not None and inspection.learns_tokens:
             checker.check_turns(sample.prepared.record["conversations"], f"sample {sample.prepared.key}")
         if sample.encoded is None:
@@ -170,8 +170,8 @@ def inspect_set(
     return inspection
 
 
-def _note_source(inspection: SetInspection, sample: PreviewSample) -> None:
-    """Note the image and the record of a sample as stored."""
+def _record_stored_sample(inspection: SetInspection, sample: PreviewSample) -> None:
+    """Record the size and the format of the stored image of a sample."""
     stored = sample.stored
     assert stored is not None
     if stored.image:
@@ -231,7 +231,7 @@ class _SampleChecker:
         if EOS_TOKEN in self.template.end:
             return int(self.tokenizer.eos_token_id)
         found = self.tokenizer.convert_tokens_to_ids(self.template.end.strip())
-        # an end of several tokens, as in Phi-3's template, has its last one
+        # An end of several tokens, as in Phi-3's template, has its last one.
         return None if found is None or found == self.tokenizer.unk_token_id else int(found)
 
     def _list_control_tokens(self) -> list[str]:
@@ -257,7 +257,7 @@ class _SampleChecker:
         return "\n" if "\n" in self._decode(ids) else ""
 
     def _ends(self, span: Any) -> bool:
-        """Tell if learned tokens end with the end of an answer, perhaps before a line break of the template."""
+        """Return True if learned tokens end with the end of an answer, perhaps before a line break of the template."""
         if self.end_id is not None:
             return self.end_id in span[-2:]
         return self.end_text in self._decode(span[-2:])
@@ -268,7 +268,7 @@ class _SampleChecker:
         assert sample.prepared is not None
         ids = sample.encoded["input_ids"]
         labels = sample.encoded.get("labels")
-        # no logits predict the first token
+        # No logits predict the first token.
         learned = len(ids) if labels is None else int((labels[1:] != IGNORE_INDEX).sum())
         self.inspection.shapes.append(SampleShape(len(ids), learned, sample.image is not None))
         turns = sample.prepared.record["conversations"]
@@ -283,7 +283,7 @@ class _SampleChecker:
             self.inspection.add_fault("nothing learned", f"{key}: no token has a label")
             return
         answers = [turn["value"] for turn in turns[1::2]]
-        # under "plain" several answers are one text, and an image in an answer divides it
+        # Under "plain" several answers are one text, and an image in an answer divides it.
         is_one_text = self.template is not None and not self.template.human and len(answers) > 1
         if not is_one_text and not any(IMAGE_TOKEN in answer for answer in answers):
             self._check_labels(ids, labels, answers, key, len(ids) == self.plan.stage.max_length)
@@ -304,7 +304,7 @@ class _SampleChecker:
     def _check_labels(self, ids: Any, labels: Any, answers: list[str], key: str, is_cut: bool) -> None:
         """Compare the learned tokens with the answers."""
         is_learned = labels != IGNORE_INDEX
-        # a label is the token itself; the model shifts labels by one
+        # A label is the token itself; the model shifts labels by one.
         wrong = np.flatnonzero(is_learned & (labels != ids))
         if wrong.size:
             index = int(wrong[0])
@@ -314,14 +314,14 @@ class _SampleChecker:
             return
         spans = [ids[span] for span in _split_spans(np.flatnonzero(is_learned))]
         has_end = bool(spans) and self._ends(spans[-1])
-        # truncation may cut off answers, and the end of the last one
+        # Truncation may cut off answers, and the end of the last one.
         if is_cut and (not has_end or len(spans) < len(answers)):
             self.inspection.truncated += 1
             answers = answers[: len(spans)]
         if len(spans) != len(answers):
             self.inspection.add_fault("labels", f"{key}: {len(spans)} learned parts for {len(answers)} answers")
             return
-        # each whole answer ends with the end token
+        # Each whole answer ends with the end token.
         for number, (span, answer) in enumerate(zip(spans, answers, strict=True)):
             is_cut_off = is_cut and not has_end and number == len(spans) - 1
             if not is_cut_off and not self._ends(span):
@@ -334,23 +334,23 @@ class _SampleChecker:
                 return
 
     def _is_answer(self, span: Any, answer: str, is_cut_off: bool) -> bool:
-        """Tell if tokens are an answer and the text that the template puts around it, or its beginning if cut off."""
+        """Return True if tokens are an answer with the template's text around it, or its beginning if cut off."""
         assert self.template is not None
         text = answer.strip() if self.template.strips else answer
         end = self.template.end.replace(EOS_TOKEN, self.tokenizer.eos_token or EOS_TOKEN)
-        wanted = f"{self.template.answer}{text}{end}"
-        learned, whole = _squeeze(self._decode(span)), _squeeze(wanted)
-        if learned == whole:
+        expected_text = f"{self.template.answer}{text}{end}"
+        learned, expected = _squeeze(self._decode(span)), _squeeze(expected_text)
+        if learned == expected:
             return True
         if is_cut_off:  # the last character may be cut as well
             learned = learned.rstrip("\ufffd")
-            return (bool(learned) and whole.startswith(learned)) or not self._gives_back(wanted)
-        # a tokenizer that does not give every text back decides nothing
-        alone = self.tokenizer(wanted, add_special_tokens=False)["input_ids"]
-        return not self._gives_back(wanted) and abs(len(alone) - len(span)) <= 1
+            return (bool(learned) and expected.startswith(learned)) or not self._gives_back(expected_text)
+        # A tokenizer that does not give every text back decides nothing.
+        alone = self.tokenizer(expected_text, add_special_tokens=False)["input_ids"]
+        return not self._gives_back(expected_text) and abs(len(alone) - len(span)) <= 1
 
     def _gives_back(self, text: str) -> bool:
-        """Tell if the tokenizer gives a text back."""
+        """Return True if the tokenizer gives a text back."""
         return _squeeze(self._decode(self.tokenizer(text, add_special_tokens=False)["input_ids"])) == _squeeze(text)
 
     def _decode(self, ids: Any) -> str:
@@ -426,40 +426,40 @@ def _list_template_problems(inspection: SetInspection, plan: StagePlan) -> Itera
 def list_image_problems(inspections: list[SetInspection]) -> Iterator[str]:
     """List sets whose images do not seem to belong to their records.
 
-    In LLaVA's files the id of a record is the name of its image. If hardly any id of a set is, but the images carry the
-    ids of other records, then the column of images was taken from other rows, or from another set.
+    In LLaVA's files the id of a record is the name of its image. If few images have the id of their record, but
+    many have that of another record, then the column of images was taken from other rows, or from another set.
     """
     by_set = {inspection.name: inspection for inspection in inspections}
     ids = {name: {id for id, _ in inspection.ids} for name, inspection in by_set.items()}
     for name, inspection in by_set.items():
-        # ids that count rows often meet the numbers of images by chance
+        # Ids that count rows often meet the numbers of images by chance.
         pairs = [(id, stem) for id, stem in inspection.ids if not (stem.isdecimal() and len(stem) < MIN_DIGITS)]
         if len(pairs) < MIN_ITEMS:
             continue
-        own = sum(_names_image(id, stem) for id, stem in pairs)
+        num_matching = sum(_names_image(id, stem) for id, stem in pairs)
         for other, other_ids in ids.items():
             stems = {_last_part(id) for id in other_ids}
-            strangers = [(id, stem) for id, stem in pairs if stem in stems and not _names_image(id, stem)]
-            if own < len(pairs) / 10 and len(strangers) > len(pairs) / 10:
-                id, stem = strangers[0]
-                whose = "other records of the set" if other == name else f"records of {other}"
+            foreign_pairs = [(id, stem) for id, stem in pairs if stem in stems and not _names_image(id, stem)]
+            if num_matching < len(pairs) / 10 and len(foreign_pairs) > len(pairs) / 10:
+                id, stem = foreign_pairs[0]
+                origin = "other records of the set" if other == name else f"records of {other}"
                 yield (
-                    f"data.sets.{name}: the images of {len(strangers)} of {len(pairs)} records have the ids of "
-                    f"{whose}; record {id} has the image {stem}, allowed: the image of the record itself; check the "
+                    f"data.sets.{name}: the images of {len(foreign_pairs)} of {len(pairs)} records have the ids of "
+                    f"{origin}; record {id} has the image {stem}, allowed: the image of the record itself; check the "
                     "column of images"
                 )
                 break
-        # neither the id nor the image belongs to the record, and each belongs to another one: no copy or part of it
+        # Neither the id nor the image belongs to the record, and each belongs to another one: no copy or part of it.
         by_id, by_stem = Counter(_last_part(id) for id, _ in pairs), Counter(stem for _, stem in pairs)
         misplaced = [
             (id, stem) for id, stem in pairs if not _names_image(id, stem) and by_stem[_last_part(id)] and by_id[stem]
         ]
-        if own >= MIN_ID_SHARE * len(pairs) and len(misplaced) >= MIN_MISPLACED:
+        if num_matching >= MIN_ID_SHARE * len(pairs) and len(misplaced) >= MIN_MISPLACED:
             id, stem = misplaced[0]
             yield (
-                f"data.sets.{name}: {len(misplaced)} of {len(pairs)} records have the image of another record, {own} "
-                f"their own one; record {id} has the image {stem}, allowed: the image of the record itself; check the "
-                "column of images"
+                f"data.sets.{name}: {len(misplaced)} of {len(pairs)} records have the image of another record, "
+                f"{num_matching} their own one; record {id} has the image {stem}, allowed: the image of the record "
+                "itself; check the column of images"
             )
         images = inspection.image_hashes
         if images.total() >= MIN_ITEMS and len(images) < FEW_IMAGES * images.total():
@@ -474,6 +474,6 @@ def _last_part(id: str) -> str:
 
 
 def _names_image(id: str, stem: str) -> bool:
-    """Tell if an id names an image: one contains the other, without zeros in front."""
+    """Return True if an id names an image: one contains the other, without zeros in front."""
     shorter, longer = sorted((_last_part(id).lstrip("0"), stem.lstrip("0")), key=len)
     return shorter == longer or (len(shorter) >= 4 and shorter in longer) or (len(stem) >= 4 and stem in id)

@@ -41,7 +41,10 @@ def run_worker(config: dict[str, Any]) -> None:
 
 
 class FaultCallback(ray.train.UserCallback):
-    """Sends the errors of failed workers to the recorder. Runs in the process of Ray Train's controller."""
+    """Callback that sends the errors of failed workers to the recorder.
+
+    It runs in the process of Ray Train's controller.
+    """
 
     def __init__(self, client: RecorderClient) -> None:
         self.client = client

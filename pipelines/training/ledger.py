@@ -119,7 +119,7 @@ class Ledger:
         self._restarts = self._resumes = self._lost_steps = 0
         # "stopped", or a key of REMAINDER_PARTS
         self._phase = "stopped"
-        self._last_at = 0
+        self._last_timestamp = 0
         self._launched = set[str]()
         # True if workers have begun since the last launch
         self._has_started = False
@@ -142,11 +142,12 @@ class Ledger:
 
     def add(self, event: Mapping[str, Any]) -> None:
         """Divide the time since the previous event. An event of an unknown kind only passes time."""
-        kind, stage, at = event["event"], event["stage"], _to_microseconds(event["at"])
+        kind, stage = event["event"], event["stage"]
+        timestamp = _to_microseconds(event["at"])
         if self._phase == "stopped" and kind != "launch":
             return
-        interval = 0 if self._phase == "stopped" else max(at - self._last_at, 0)
-        self._last_at = at
+        interval = 0 if self._phase == "stopped" else max(timestamp - self._last_timestamp, 0)
+        self._last_timestamp = timestamp
         match kind:
             case "launch":
                 self._add_launch(stage, interval)

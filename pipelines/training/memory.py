@@ -161,7 +161,7 @@ def trace(shape: ModelShape, samples: Sequence[SampleShape], device: Device, is_
 
 
 def takes_gradients(plan: StagePlan) -> bool:
-    """Tell if gradients leave the backward pass at once."""
+    """Return True if gradients leave the backward pass at once."""
     stage = plan.stage
     return stage.zero_stage >= 2 or (stage.zero_stage == 1 and stage.precision == "bf16")
 
@@ -221,44 +221,51 @@ def _count_states(shape: ModelShape, workers: int) -> _States:
     """Count what DeepSpeed 0.19 keeps and makes, in bytes."""
     stage = shape.plan.stage
     width = DTYPES[stage.precision].itemsize
-    trained, share_of_rank = shape.num_trained, -(-shape.num_trained // workers)
+    trained = shape.num_trained
+    share_of_rank = -(-trained // workers)
     bucket = width * min(trained, MAX_REDUCE_BUCKET_SIZE)
     weights = width * shape.num_elements
-    # fp32 gradients of one part of the model, as its optimizer gets them
+    # Gradients in fp32 of one part of the model, as its optimizer gets them.
     update = FP32_BYTES * -(-max(shape.trained) // workers)
-    # sums of earlier micro-batches
+    # Sums of earlier micro-batches.
     accumulates = stage.count_accumulation_steps(workers) > 1
     accumulated = FP32_BYTES * share_of_rank if accumulates else 0
     if stage.zero_stage == 0:
         return _count_whole_states(shape, workers)
     if stage.zero_stage == 1:
-        # the gradients of all weights stay until the update, as fp32
-        kept = FP32_BYTES * trained if accumulates else 0
+        # The gradients of all weights stay until the update, as fp32.
         return _States(
-            weights,
-            12 * share_of_rank,
-            kept,
-            bucket,
-            FP32_BYTES * trained + bucket,
-            FP32_BYTES * share_of_rank + update,
+            weights=weights,
+            optimizer=12 * share_of_rank,
+            kept_gradients=FP32_BYTES * trained if accumulates else 0,
+            buckets=bucket,
+            reduction=FP32_BYTES * trained + bucket,
+            update=FP32_BYTES * share_of_rank + update,
         )
     if stage.zero_stage == 2:
         states = _States(
-            weights,
-            12 * share_of_rank,
-            accumulated,
-            bucket,
-            bucket + FP32_BYTES * share_of_rank,
-            FP32_BYTES * share_of_rank + update,
+            weights=weights,
+            optimizer=12 * share_of_rank,
+            kept_gradients=accumulated,
+            buckets=bucket,
+            reduction=bucket + FP32_BYTES * share_of_rank,
+            update=FP32_BYTES * share_of_rank + update,
         )
     else:
-        # this worker's share, and the weights that are gathered while they are used
+        # This worker's share, and the weights that are gathered while they are used.
         gathered = width * min(shape.num_elements, MAX_LIVE_PARAMETERS)
         weights = -(-weights // workers) + gathered
-        kept = FP32_BYTES * share_of_rank + bucket
-        # a full bucket is copied when it is summed, within the backward pass unless it holds all gradients
-        copy = bucket if trained > MAX_REDUCE_BUCKET_SIZE else 0
-        states = _States(weights, 12 * share_of_rank, kept, copy, kept + bucket, kept + update)
+        gradient_bytes = FP32_BYTES * share_of_rank + bucket
+        # A full bucket is copied when it is summed, within the backward pass unless it holds all gradients.
+        bucket_copy = bucket if trained > MAX_REDUCE_BUCKET_SIZE else 0
+        states = _States(
+            weights=weights,
+            optimizer=12 * share_of_rank,
+            kept_gradients=gradient_bytes,
+            buckets=bucket_copy,
+            reduction=gradient_bytes + bucket,
+            update=gradient_bytes + update,
+        )
     return _offload(states, shape, workers)
 
 
@@ -267,17 +274,17 @@ def _count_whole_states(shape: ModelShape, workers: int) -> _States:
     stage, trained = shape.plan.stage, shape.num_trained
     width = DTYPES[stage.precision].itemsize
     gradients = width * trained
-    kept = gradients if stage.count_accumulation_steps(workers) > 1 else 0
-    # a flat copy in which gradients are summed over ranks
-    flat = width * min(trained, MAX_REDUCE_BUCKET_SIZE) if workers > 1 else 0
+    accumulates = stage.count_accumulation_steps(workers) > 1
+    # A flat copy in which gradients are summed over ranks.
+    flat_copy = width * min(trained, MAX_REDUCE_BUCKET_SIZE) if workers > 1 else 0
     is_half = stage.precision == "bf16"
     return _States(
-        width * shape.num_elements,
-        (12 if is_half else 8) * trained,
-        kept,
-        0,
-        gradients + flat,
-        gradients + (FP32_BYTES * trained if is_half else 0),
+        weights=width * shape.num_elements,
+        optimizer=(12 if is_half else 8) * trained,
+        kept_gradients=gradients if accumulates else 0,
+        buckets=0,
+        reduction=gradients + flat_copy,
+        update=gradients + (FP32_BYTES * trained if is_half else 0),
     )
 
 
@@ -289,7 +296,7 @@ def _offload(states: _States, shape: ModelShape, workers: int) -> _States:
         share = -(-width * shape.num_elements // workers)
         states = replace(states, weights=states.weights - share, host=states.host + share)
     if stage.offload_optimizer:
-        # the host has fp32 weights, moments, fp32 gradients, and a copy of the weights that compute
+        # The host has fp32 weights, moments, fp32 gradients, and a copy of the weights that compute.
         host = states.host + 12 * share_of_rank + FP32_BYTES * share_of_rank + width * share_of_rank
         states = replace(states, optimizer=0, host=host)
     return states
@@ -363,7 +370,7 @@ def count_queued_bytes(work: StageWork, workers: int) -> int:
     stop = work.steps * stage.count_accumulation_steps(workers) * workers
     segment = Segment(work.reader, 0, stop)
     samples = segment.lay_out_blocks(workers).size * stage.micro_batch_size
-    # the block that it reads, those ahead, and two that Ray Data's iterator holds
+    # The block that it reads, those ahead, and two that Ray Data's iterator holds.
     blocks = 3 + segment.count_prefetched_blocks(workers)
     return blocks * samples * work.reader.sample_bytes
 

@@ -141,11 +141,11 @@ class StagePlan:
         Raises:
             ValueError: the images were prepared differently from the settings of the stage.
         """
-        wanted = (self.image_size, self.image_aspect_ratio)
-        if prepared not in (None, wanted):
+        required = (self.image_size, self.image_aspect_ratio)
+        if prepared not in (None, required):
             raise ValueError(
-                f"train.{self.name}.data: {name} has images prepared as {prepared}, allowed: {wanted}, the image size "
-                "of the tower and image_aspect_ratio, or original images"
+                f"train.{self.name}.data: {name} has images prepared as {prepared}, allowed: {required}, the image "
+                "size of the tower and image_aspect_ratio, or original images"
             )
 
     def open_features(self, sources: dict[str, Shards]) -> dict[str, StoredFeatures]:
@@ -163,7 +163,7 @@ class StagePlan:
                 f"train.{self.name}.random_flip: got true with data.features, allowed: false, because features "
                 "are those of images that are not mirrored"
             )
-        # a micro-batch has either features or pixels, so all sets with images need features
+        # A micro-batch has either features or pixels, so all sets with images need features.
         opened = {}
         for name, shards in sources.items():
             if name in self.features:
@@ -173,7 +173,7 @@ class StagePlan:
                     f"data.features: got none for {name}, which train.{self.name} mixes with "
                     f"{', '.join(self.features)}; allowed: features of each set with images, or none"
                 )
-        wanted = {
+        required = {
             "image_size": self.image_size,
             "image_aspect_ratio": self.image_aspect_ratio,
             "image_backend": stage.image_backend,
@@ -181,10 +181,11 @@ class StagePlan:
             "tokens": self.image_tokens,
         }
         for name, stored in opened.items():
-            for value, expected in wanted.items():
-                if (found := getattr(stored.format, value)) != expected:
+            for value, expected in required.items():
+                actual = getattr(stored.format, value)
+                if actual != expected:
                     raise ValueError(
-                        f"data.features.{name}: got features with {value} {found}, allowed for "
+                        f"data.features.{name}: got features with {value} {actual}, allowed for "
                         f"train.{self.name}: {expected}; write them again with `redux shards features`"
                     )
         if len({stored.format for stored in opened.values()}) > 1:
@@ -253,7 +254,7 @@ class StagePlan:
 
     def build_validation_readers(self, reader: ingest.Reader) -> list[ingest.Reader]:
         """Build a reader of the held-out samples of each set, whose global batches are micro-batches."""
-        # one reader per set: in a mixture, the epochs of sets may end in different batches
+        # One reader per set: in a mixture, the epochs of sets may end in different batches.
         return [
             replace(
                 reader,
@@ -283,7 +284,7 @@ class StagePlan:
         """
         if self.template in TEMPLATES:
             return TEMPLATES[self.template]
-        # imports torch, which the other templates do not need
+        # Imports torch, which the other templates do not need.
         from transformers import AutoTokenizer
 
         from redux.chat_template import find_template
@@ -302,7 +303,7 @@ def _subtract_held_out(
     shard_sizes: Int[np.ndarray, " shards"], held_out: Int[np.ndarray, " samples"]
 ) -> Int[np.ndarray, " shards"]:
     """Subtract the held-out samples of each shard from its number of samples."""
-    # the shard of each held-out sample
+    # The shard of each held-out sample.
     shard = np.searchsorted(np.cumsum(shard_sizes), held_out, side="right")
     return shard_sizes - np.bincount(shard, minlength=len(shard_sizes))
 

@@ -3,8 +3,10 @@
 The actor runs on the driver's machine, because the run folder is there; workers run anywhere and come and go. The
 recorder outlives them. The driver opens one stage after the other, and the workers wait for the next one meanwhile,
 and for the first one if they were started early.
-The recorder knows how far they got, if they make progress, and if the driver requests a stop. Rank 0 sends each step
-without waiting, and reads the answer to the previous step. The record therefore costs a step only the time to send it.
+
+The recorder knows how far the workers are, if they make progress, and if the driver requests a stop. Rank 0 sends each
+step without waiting, and reads the answer to the previous step. The record therefore costs a step only the time to send
+it.
 
 The module does not import torch. Its import takes three seconds of CPU, which workers need that start at the same time.
 """
@@ -153,15 +155,15 @@ class Recorder:
         self.rolled_back = set[int]()
         self._add_event("launch")
 
-    def find_stage(self, finished: int | None) -> int | NoStage:
+    def find_stage(self, finished_stage: int | None) -> int | NoStage:
         """Return the index of the stage that workers train next, counted from the first one of this recorder.
 
         Args:
-            finished: index of the stage that the workers have finished; None for new workers.
+            finished_stage: index of the stage that the workers have finished; None for new workers.
         """
         if self.status.failure_reason or self.stop_requested:
             return NoStage.NO_MORE
-        if self.stage_index is None or (finished is not None and self.stage_index <= finished):
+        if self.stage_index is None or (finished_stage is not None and self.stage_index <= finished_stage):
             return NoStage.NOT_YET
         return self.stage_index
 
@@ -268,7 +270,8 @@ class Recorder:
             return
         # An error that explains the others has the lowest kind: lost workers are a consequence of it.
         rank, cause = min(errors_by_rank.items(), key=lambda item: (item[1].kind, item[0]))
-        reason, where = f"rank {rank}: {cause.text}", f"train.{self.settings.stage}"
+        reason = f"rank {rank}: {cause.text}"
+        where = f"train.{self.settings.stage}"
         fault = (self.status.step, cause.pattern)
         self.num_faults += 1
         if cause.kind == Kind.PERMANENT:
@@ -413,8 +416,8 @@ class RecorderClient:
         [reference] = ray.get(self._actor.get_work.remote())
         return ray.get(reference)
 
-    def find_stage(self, finished: int | None) -> int | NoStage:
-        return ray.get(self._actor.find_stage.remote(finished))
+    def find_stage(self, finished_stage: int | None) -> int | NoStage:
+        return ray.get(self._actor.find_stage.remote(finished_stage))
 
     def finish_stage(self, stage: int, is_waiting: bool) -> None:
         ray.get(self._actor.finish_stage.remote(stage, is_waiting))
@@ -432,18 +435,18 @@ class RecorderClient:
         ray.get(self._actor.record_fault.remote(errors_by_rank))
 
     def record_checkpoint(self, cursor: int) -> None:
-        """Does not wait."""
+        """Call `Recorder.record_checkpoint` without waiting."""
         self._actor.record_checkpoint.remote(cursor)
 
     def sync(self) -> None:
         ray.get(self._actor.sync.remote())
 
     def set_phase(self, phase: str) -> None:
-        """Does not wait."""
+        """Call `Recorder.set_phase` without waiting."""
         self._actor.set_phase.remote(phase)
 
     def add_message(self, text: str) -> None:
-        """Does not wait."""
+        """Call `Recorder.add_message` without waiting."""
         self._actor.add_message.remote(text)
 
     def fail(self, text: str) -> None:

@@ -13,7 +13,7 @@ from pipelines.data.order import Shuffle
 from pipelines.data.packing import Packing
 from redux.settings import ImageAspectRatio, ImageBackend, TemplateName
 
-Part = Literal["tower", "projector", "language"]
+ModelPart = Literal["tower", "projector", "language"]
 
 DEFAULT_TEMPLATE: TemplateName = "vicuna_v1"
 """Conversation template of LLaVA-1.5's second stage."""
@@ -112,7 +112,7 @@ class Stage:
     image_backend: ImageBackend = "exact"
     global_batch_size: Annotated[int, Ge(1)]
     micro_batch_size: Annotated[int, Ge(1)]
-    learning_rate: dict[Part, Annotated[float, Gt(0)]]
+    learning_rate: dict[ModelPart, Annotated[float, Gt(0)]]
     lora: Lora | None = None
     loss_reduction: Literal["token", "sample"] = "token"
     warmup_ratio: Annotated[float, Ge(0), Le(1)] = 0.03
@@ -138,7 +138,7 @@ class Stage:
             raise ValueError("learning_rate: got {}, allowed: a rate for at least one of tower, projector, language")
         if (self.epochs is None) == (self.steps is None):
             raise ValueError(f"epochs: got {self.epochs}, and steps {self.steps}, allowed: one of the two")
-        # batches
+        # Batches.
         if self.global_batch_size % self.micro_batch_size:
             raise ValueError(
                 f"global_batch_size: got {self.global_batch_size}, allowed: a multiple of micro_batch_size, "
@@ -151,7 +151,7 @@ class Stage:
             )
         if self.packing:
             self._check_packing(self.packing)
-        # the contrastive objective trains the tower alone
+        # The contrastive objective trains the tower alone.
         if self.objective == "contrastive" and self.micro_batch_size < 2:
             raise ValueError(
                 "micro_batch_size: got 1, allowed: at least 2, because a contrastive stage compares samples"

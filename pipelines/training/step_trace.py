@@ -125,7 +125,7 @@ def _run(func: Any, args: Any, kwargs: dict[str, Any]) -> Any:
     if len(devices) == 1:
         return func(*args, **kwargs)
     if func in INDEXING and args[0].device.type == "meta":
-        # the shape depends on the values of the index
+        # The shape depends on the values of the index.
         indices = [
             part for index in args[1] for part in (index.nonzero(as_tuple=True) if _is_known_mask(index) else (index,))
         ]
@@ -136,7 +136,7 @@ def _run(func: Any, args: Any, kwargs: dict[str, Any]) -> Any:
 
 
 def _makes_floats(func: Any, args: Any, kwargs: dict[str, Any]) -> bool:
-    """Tell if an operation without meta tensors makes floats."""
+    """Return True if an operation without meta tensors makes floats."""
     dtype = kwargs.get("dtype")
     if dtype is not None:
         return bool(dtype.is_floating_point)
@@ -180,7 +180,7 @@ def _attend(
     if enable_gqa:
         key, value = (part.repeat_interleave(query.shape[1] // key.shape[1], dim=1) for part in (key, value))
     if attn_mask is not None and attn_mask.dtype == torch.bool:
-        # torch makes a mask of floats; here only its shape and dtype matter
+        # torch makes a mask of floats; here only its shape and dtype matter.
         attn_mask = torch.zeros_like(attn_mask, dtype=query.dtype, device=query.device).masked_fill(attn_mask, 0.0)
     if device == "cpu":
         out: Tensor = aten._scaled_dot_product_flash_attention_for_cpu(
@@ -226,7 +226,7 @@ def _fused_attention(
 ) -> tuple[Tensor, None]:
     """Make the tensors of Redux's fused kernels: maps of text and image tokens, and the mask of pairs."""
     active = inhibition is not None and inhibition.gammas[module.layer_idx] > 0
-    # masks of single heads, and weights without the preamble, are plain code on every device
+    # Masks of single heads, and weights without the preamble, are plain code on every device.
     is_plain = active and (inhibition.cmai.heads != "mean" or not inhibition.cmai.preamble)
     if is_plain or (not active and attention_mask is None):
         return inhibited_attention(module, query, key, value, attention_mask, inhibition, scaling, **kwargs)
@@ -285,7 +285,7 @@ def trace_step(
         takes_gradients: gradients are taken away as soon as they are computed, as ZeRO 2 and 3 do.
         is_fused: fused kernels compute CMAI.
     """
-    # weights and buffers count as states, see memory.py
+    # Weights and buffers count as states, see memory.py.
     counter = ByteCounter(CUDA_BLOCK_BYTES if device == "cuda" else 1)
     for tensor in (*module.parameters(), *module.buffers()):
         counter.ignore(tensor)
@@ -296,12 +296,12 @@ def trace_step(
     try:
         with _imitate_device(device, is_fused), ShapeMode(counter):
             loss = module(**make_batch())
-            # what the backward pass needs is still alive here
+            # What the backward pass needs is still alive here.
             saved = counter.live
             forward_peak, counter.peak = counter.peak, counter.live
             loss.backward()
     finally:
-        # the module is traced again with other sizes
+        # The module is traced again with other sizes.
         for handle in handles:
             handle.remove()
         for parameter in trained:
@@ -327,7 +327,7 @@ def make_conversation_batch(samples: Sequence[SampleShape], image_tokens: int, i
     labels = torch.full_like(ids, IGNORE_INDEX)
     mask = torch.zeros_like(ids)
     for row, sample in enumerate(samples):
-        # the begin token, the image, the text; the last tokens are learned
+        # The begin token, the image, the text; the last tokens are learned.
         if sample.has_image:
             ids[row, 1 : 1 + image_tokens] = image_id
         labels[row, sample.length - sample.learned : sample.length] = text_id

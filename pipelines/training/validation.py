@@ -24,7 +24,7 @@ from redux.conversation import IGNORE_INDEX
 
 
 class ValidationHook(Hook):
-    """Adds the validation loss to the metrics of a step, every `validate_steps` steps and after the last one.
+    """Hook that adds the validation loss to the metrics of a step, every `validate_steps` steps and after the last one.
 
     Stands before the hook that records the step, and after the one that ends training on request.
 
@@ -57,16 +57,16 @@ def compute_validation_loss(
         readers: readers of `StagePlan.build_validation_readers`.
     """
     # The micro-batches of all ranks, and those of this one.
-    parts = [Part(reader, number) for reader in readers for number in range(reader.order.count_batches(1))]
+    parts = [ValidationBatch(reader, number) for reader in readers for number in range(reader.order.count_batches(1))]
     # With ZeRO 3 every forward pass is a collective, so all ranks compute equally many; the surplus ones count nothing.
     parts += [parts[0]._replace(counts=False)] * (-len(parts) % engine.dp_world_size)
-    own = parts[engine.global_rank :: engine.dp_world_size]
+    local_parts = parts[engine.global_rank :: engine.dp_world_size]
     # Total loss and its divisor. Dropout is off, and no rank keeps activations.
     sums = torch.zeros(2, dtype=torch.float64, device=engine.device)
     engine.module.eval()
     try:
         with torch.no_grad():
-            for part, batch in zip(own, _read_ahead(own), strict=True):
+            for part, batch in zip(local_parts, _read_ahead(local_parts), strict=True):
                 weight, count = _weigh_samples(batch, part.num_real, plan)
                 loss = engine(**move_to_device(batch, engine), weight=weight.to(engine.device))
                 sums += torch.stack([loss.double(), count.to(sums)])
@@ -78,7 +78,7 @@ def compute_validation_loss(
     return total / count if count else math.nan
 
 
-class Part(NamedTuple):
+class ValidationBatch(NamedTuple):
     """A micro-batch of held-out samples.
 
     Args:
@@ -116,7 +116,7 @@ def _weigh_samples(batch: ingest.Batch, num_real: int, plan: StagePlan) -> tuple
     return is_real.float(), tokens[is_real].sum()
 
 
-def _read_ahead(parts: Sequence[Part]) -> Iterator[ingest.Batch]:
+def _read_ahead(parts: Sequence[ValidationBatch]) -> Iterator[ingest.Batch]:
     """Read micro-batches; a thread reads the next one meanwhile."""
     with ThreadPoolExecutor(1) as pool:
         future = pool.submit(parts[0].reader, parts[0].number)

@@ -108,8 +108,8 @@ def train_worker(recorder: RecorderClient) -> None:
     """
     # Import it while the driver may still make the data of the first stage.
     import_deepspeed()
-    stage_index = _wait_for_stage(recorder, finished=None)
-    entered = time.monotonic()
+    stage_index = _wait_for_stage(recorder, finished_stage=None)
+    entry_time = time.monotonic()
     if stage_index is None:
         return
     stages, extra_hook_factories = recorder.get_work()
@@ -125,7 +125,7 @@ def train_worker(recorder: RecorderClient) -> None:
     feed = Feed(remaining)
     while remaining:
         with _report_errors(recorder):
-            is_finished = _train_stage(remaining[0], stage_index, feed, recorder, extra_hook_factories, entered)
+            is_finished = _train_stage(remaining[0], stage_index, feed, recorder, extra_hook_factories, entry_time)
         if not is_finished:
             return
         remaining = remaining[1:]
@@ -134,13 +134,13 @@ def train_worker(recorder: RecorderClient) -> None:
         if dist.get_rank() == 0:
             recorder.finish_stage(stage_index, is_waiting=bool(remaining))
         if remaining:
-            stage_index = _wait_for_stage(recorder, finished=stage_index)
+            stage_index = _wait_for_stage(recorder, finished_stage=stage_index)
             if stage_index is None:
                 return
-        entered = time.monotonic()
+        entry_time = time.monotonic()
 
 
-def _wait_for_stage(recorder: RecorderClient, finished: int | None) -> int | None:
+def _wait_for_stage(recorder: RecorderClient, finished_stage: int | None) -> int | None:
     """Wait until the driver opens a stage after the finished one. A collective.
 
     Returns:
@@ -148,7 +148,7 @@ def _wait_for_stage(recorder: RecorderClient, finished: int | None) -> int | Non
     """
     while True:
         # Rank 0 alone asks, so that all ranks take the same decision. A broadcast has a time-out, so none is long.
-        answer = checkpoint.broadcast_from_rank_0(lambda: recorder.find_stage(finished))
+        answer = checkpoint.broadcast_from_rank_0(lambda: recorder.find_stage(finished_stage))
         if answer is NoStage.NO_MORE:
             return None
         if isinstance(answer, int):
@@ -177,7 +177,7 @@ def _train_stage(
     feed: Feed,
     recorder: RecorderClient,
     extra_hook_factories: Sequence[HookFactory],
-    entered: float,
+    entry_time: float,
 ) -> bool:
     """Train one stage: build the engine, restore the newest checkpoint and run the remaining steps.
 
@@ -200,7 +200,7 @@ def _train_stage(
     data = work.reader.fingerprint_sources()
     description = describe_model(engine)
     check = partial(checkpoint.check_compatible, allow_changes=plan.allow_changes, data=data, model=description)
-    resume_point = _restore(engine, plan, stage_index, check, recorder, entered)
+    resume_point = _restore(engine, plan, stage_index, check, recorder, entry_time)
 
     is_finished = resume_point is not None
     if resume_point and resume_point.cursor < work.steps:
@@ -259,7 +259,7 @@ def _build_hooks(
 def forward_kernel_messages(recorder: RecorderClient, stage: str) -> None:
     """Show the user which kernels the model takes, as `redux.kernels` logs it once per process."""
     logger = logging.getLogger(kernels.__name__)
-    # messages name the current stage
+    # Messages name the current stage.
     for handler in [handler for handler in logger.handlers if isinstance(handler, KernelMessages)]:
         logger.removeHandler(handler)
     logger.addHandler(KernelMessages(recorder, stage))
@@ -305,7 +305,7 @@ def _restore(
     stage_index: int,
     check: Callable[[str, checkpoint.Manifest], None],
     recorder: RecorderClient,
-    entered: float,
+    entry_time: float,
 ) -> ResumePoint | None:
     """Load the newest intact checkpoint and report the start to the recorder. A collective.
 
@@ -315,7 +315,7 @@ def _restore(
         stage_index: its index in the recorder.
         check: raises ValueError to refuse a checkpoint.
         recorder: gets the start, and decides if the workers may continue.
-        entered: time.monotonic() at the entry into the train function.
+        entry_time: time.monotonic() at the entry into the train function.
 
     Returns:
         The start of the loop, or None if the workers must not continue.
@@ -330,7 +330,7 @@ def _restore(
     def begin() -> set[int] | None:
         checkpoint.remove_incomplete(plan.folder)
         messages = [f"{plan.name}: skipped {reason}" for reason in skipped]
-        restore_s = time.monotonic() - entered
+        restore_s = time.monotonic() - entry_time
         placement_group = ray.util.get_current_placement_group().id.hex()
         return recorder.begin(stage_index, dist.get_world_size(), cursor, restore_s, messages, placement_group)
 
@@ -371,18 +371,19 @@ def run_training_steps(
         learning_rate = set_learning_rate(engine, schedule, number)
 
         # Wait for the data: this rank's micro-batches of the global batch.
-        waiting = time.perf_counter()
+        wait_start = time.perf_counter()
         micro_batches = [next(batches) for _ in range(accumulation_steps)]
-        computing = time.perf_counter()
-        data_s = computing - waiting
+        compute_start = time.perf_counter()
+        data_s = compute_start - wait_start
 
         # Forward, backward, update; then gather the samples that the step used, from all ranks.
-        update = forward_backward(engine, plan, micro_batches)
+        update = train_global_batch(engine, plan, micro_batches)
         used = consumed.gather_samples(micro_batches, list(plan.stage.mixture), engine.device)
 
         # Sum statistics and votes over ranks, in one all-reduce.
         votes = {name: value for hook in step_hooks for name, value in hook.vote().items()}
-        local_stats = _collect_stats(engine, micro_batches, update, data_s, time.perf_counter() - computing, stall_s)
+        compute_s = time.perf_counter() - compute_start
+        local_stats = _collect_stats(engine, micro_batches, update, data_s, compute_s, stall_s)
         local_stats |= {name: votes.get(name, 0.0) for name in vote_names}
         stats = all_reduce_stats(local_stats, engine.device)
 
@@ -394,9 +395,9 @@ def run_training_steps(
         busy_s = [stats.pop(f"rank {rank}") for rank in range(workers)]
         vote_sums = {name: stats.pop(name) for name in vote_names}
         values = _compute_metrics(stats, update, learning_rate, len(used.replaced), busy_s)
-        stalled = time.perf_counter()
+        stall_start = time.perf_counter()
         yield StepResult(number, number == steps, values, used, vote_sums)
-        stall_s = time.perf_counter() - stalled
+        stall_s = time.perf_counter() - stall_start
 
 
 def _collect_stats(
@@ -462,10 +463,10 @@ def all_reduce_stats(local_stats: dict[str, float], device: torch.device) -> dic
     return dict(zip(local_stats, sums.tolist(), strict=True))
 
 
-def forward_backward(
+def train_global_batch(
     engine: DeepSpeedEngineProtocol, plan: StagePlan, micro_batches: Sequence[ingest.Batch]
 ) -> LocalUpdate:
-    """Compute this rank's part of a global batch and update the weights. A collective."""
+    """Compute the gradients of this rank's part of a global batch, and update the weights. A collective."""
     # DeepSpeed averages gradients over micro-batches and workers, but the weights of the samples already sum to the
     # loss of the global batch. The factor undoes the average.
     factor = len(micro_batches) * engine.dp_world_size
@@ -477,9 +478,9 @@ def forward_backward(
             engine.step()
         # Dropout depends on the number of the micro-batch, not on the rank that computes it.
         torch.manual_seed((plan.seed << 32) + int(batch["number"]))
-        started = time.perf_counter()
+        start = time.perf_counter()
         output = engine(**move_to_device(batch, engine), weight=weight)
-        forward_s += time.perf_counter() - started
+        forward_s += time.perf_counter() - start
         engine.backward(output * factor)
         loss += output.item()
     was_applied, grad_norm = apply_update(engine)
@@ -488,11 +489,11 @@ def forward_backward(
 
 def _count_labels(batch: ingest.Batch) -> Int[np.ndarray, " samples"]:
     """Count the labelled tokens of each sample. No logits predict the first token, so its label does not count."""
-    learned = batch["labels"][:, 1:] != IGNORE_INDEX
-    # packed rows have several samples each
+    is_labelled = batch["labels"][:, 1:] != IGNORE_INDEX
+    # Packed rows have several samples each.
     if "sample_index" in batch:
-        return np.bincount(batch["sample_index"][:, 1:][learned], minlength=len(batch["sample"]))
-    return learned.sum(axis=1)
+        return np.bincount(batch["sample_index"][:, 1:][is_labelled], minlength=len(batch["sample"]))
+    return is_labelled.sum(axis=1)
 
 
 def compute_sample_weights(

@@ -67,7 +67,7 @@ def save_checkpoint(run: Path, name: str) -> None:
         for parameter_name, parameter in module.named_parameters()
         if id(parameter) in trained
     ]
-    url = f"{plan.folder}/{checkpoint.format_name(STEPS)}"
+    url = f"{plan.folder}/{checkpoint.format_step_name(STEPS)}"
     files = checkpoint.Upload(url, 0, fragments).result()
     manifest = checkpoint.Manifest(STEPS, STEPS, 2, 1.0, {}, {}, files)
     checkpoint.commit(url, manifest, schema.dump(job))

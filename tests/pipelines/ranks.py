@@ -88,7 +88,7 @@ def run_steps(engine: Any, plan: StagePlan, cursor: int, stop: int, hooks: Seque
 
 def save_checkpoint(engine: Any, plan: StagePlan, cursor: int) -> None:
     """Write a checkpoint and wait for it."""
-    url = f"{plan.folder}/{checkpoint.format_name(cursor)}"
+    url = f"{plan.folder}/{checkpoint.format_step_name(cursor)}"
     parts: list[Any] = [None] * count_workers()
     dist.all_gather_object(parts, Upload(url, dist.get_rank(), fragments.owned_fragments(engine)).result())
     if dist.get_rank() == 0:

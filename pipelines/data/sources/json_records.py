@@ -32,11 +32,6 @@ def read_json_records(url: str, known_columns: frozenset[str]) -> Iterator[tuple
     return iterate_json(storage.read_chunks(url), url, known_columns)
 
 
-def parse_records(text: bytes, name: str) -> list[Any]:
-    """Parse the records of a file in LLaVA's form. See `iterate_json`."""
-    return [record for _, record in iterate_json([text], name, frozenset({"conversations"}))]
-
-
 def iterate_json(chunks: Iterable[bytes], name: str, known_columns: frozenset[str]) -> Iterator[tuple[str, Any]]:
     """Yield the records of a file, unchecked, with their positions, such as "line 7" or "item 6".
 

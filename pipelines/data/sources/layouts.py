@@ -209,7 +209,7 @@ def _find_folder(folder: str) -> Layout:
 
 
 def _has_images_below(folder: str, names: list[str], folders: list[str]) -> bool:
-    """Tell if a folder has folders of images, and tables of their metadata at most."""
+    """Return True if a folder has folders of images, and tables of their metadata at most."""
     if not folders:
         return False
     # img2dataset writes a table of metadata beside each folder

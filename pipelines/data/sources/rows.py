@@ -82,9 +82,12 @@ Columns = Mapping[ColumnName, str]
 class SourceRecord:
     """Record of a source.
 
-    record: record in LLaVA's form; or the row, if it could not be converted. image: bytes of the image that came with
-    the row; None if `record` names a file or has no image. origin: file and position in it. rejection: reason for which
-    the row could not be converted. names: fields of the row by the fields of the record that were made of them.
+    Args:
+        record: record in LLaVA's form; or the row, if it could not be converted.
+        image: bytes of the image that came with the row; None if `record` names a file or has no image.
+        origin: file and position in it.
+        rejection: reason for which the row could not be converted.
+        names: fields of the row by the fields of the record that were made of them.
     """
 
     record: Any
@@ -137,7 +140,7 @@ def convert_row(
 
 
 def _is_llava(row: dict) -> bool:
-    """Tell if a row is meant to be a record in LLaVA's form, so that it is checked as it is."""
+    """Return True if a row is meant to be a record in LLaVA's form, so that it is checked as it is."""
     # cheap checks first: a file of LLaVA's form has millions of such records
     turns = row.get("conversations")
     if not isinstance(turns, list):
@@ -169,9 +172,9 @@ class _Conversion:
 
     def convert(self) -> SourceRecord:
         """Convert the row; RowError if that is not possible."""
-        if further := self.row.get(None):  # type: ignore[call-overload]  # only a table of text has it
+        if extra_cells := self.row.get(None):  # type: ignore[call-overload]  # only a table of text has it
             detail = "more cells than columns: put a text with a separator into quotation marks"
-            raise RowError(RecordRejection("malformed", "", shorten(further), detail))
+            raise RowError(RecordRejection("malformed", "", shorten(extra_cells), detail))
         turns = self._read_turns()
         # a column of system messages, unless the turns have one
         system = self._get("system")
@@ -182,7 +185,8 @@ class _Conversion:
         # what is left in the row may be a video or a sound, without which the text has no sense
         others = {name: value for name, value in self.row.items() if name not in self.used}
         is_named = "image" in self.columns
-        if rejection := find_media_field(others, "", bool(self.images), is_named) or self._find_other_image(others):
+        rejection = find_media_field(others, "", bool(self.images), is_named) or self._find_other_image(others)
+        if rejection:
             raise RowError(rejection)
         image_name, image_value = self._choose_image()
         if self.needs_image and image_value is None:
@@ -226,8 +230,12 @@ class _Conversion:
         }
         # columns that the user names come alone; otherwise a conversation says more than a caption
         kinds = [kind for kind in readers if kind in self.columns] or list(readers)
-        turns = next((turns for kind in kinds if (turns := readers[kind]())), None)
-        if turns is None:
+        turns: list[_Turn] = []
+        for kind in kinds:
+            turns = readers[kind]()
+            if turns:
+                break
+        if not turns:
             # a caption that is no text is named with its value
             is_any = "text" in kinds and "text" not in self.columns
             if is_any and (name := next((name for name in TEXT_COLUMNS if name in self.row), None)):
@@ -325,9 +333,9 @@ class _Conversion:
         self.has_tags = False
         question, answer = self.row.get(question_name), self.row.get(answer_name)
         # a table may have a column without a name, such as the numbers of pandas' rows
-        further = self.row.get(input_name) if input_name else None
-        if isinstance(further, str) and further and isinstance(question, str):
-            question = f"{question}\n{further}"
+        extra_input = self.row.get(input_name) if input_name else None
+        if isinstance(extra_input, str) and extra_input and isinstance(question, str):
+            question = f"{question}\n{extra_input}"
         if isinstance(answer, list) and answer and all(isinstance(text, str) for text in answer):
             answer = Counter(answer).most_common(1)[0][0]  # of equally frequent answers, the first one
         # earlier rounds of LLaMA-Factory's alpaca form; their answers are learned as well
@@ -361,26 +369,29 @@ class _Conversion:
 
     def _read_image_column(self) -> None:
         names = [self.columns["image"]] if "image" in self.columns else IMAGE_COLUMNS
-        found = [name for name in names if self.row.get(name) not in (None, "", [], b"")]
+        filled_names = [name for name in names if self.row.get(name) not in (None, "", [], b"")]
         self.used |= set(names)
-        if len(found) > 1:
-            raise RowError(RecordRejection("several columns", " and ".join(found), "images"))
-        for name in found:
+        if len(filled_names) > 1:
+            raise RowError(RecordRejection("several columns", " and ".join(filled_names), "images"))
+        for name in filled_names:
             value = self.row[name]
             if isinstance(value, list) and all(isinstance(item, int | float | list) for item in value):
                 detail = "a list of numbers or of lists; allowed: a path, or the bytes of an image file"
                 raise RowError(RecordRejection("unsupported image", name, shorten(value), detail))
             values = value if isinstance(value, list) else [value]
-            self.images += [(name if len(values) == 1 else f"{name}[{number}]", v) for number, v in enumerate(values)]
+            field_names = [name] if len(values) == 1 else [f"{name}[{number}]" for number in range(len(values))]
+            self.images += zip(field_names, values, strict=True)
 
     def _find_other_image(self, others: dict[str, Any]) -> RecordRejection | None:
         """Find an image in a column whose name does not tell that it is one."""
-        found = next((name for name, value in others.items() if holds_image(value)), None)
-        if found is None or "image" in self.columns:
+        image_column = next((name for name, value in others.items() if holds_image(value)), None)
+        if image_column is None or "image" in self.columns:
             return None
         if self.images:
-            return RecordRejection("several columns", f"{self.images[0][0]} and {found}", "images")
-        return RecordRejection("unsupported image", found, shorten(others[found]), "name its column by --image-key")
+            return RecordRejection("several columns", f"{self.images[0][0]} and {image_column}", "images")
+        return RecordRejection(
+            "unsupported image", image_column, shorten(others[image_column]), "name its column by --image-key"
+        )
 
     def _choose_image(self) -> tuple[str, Any]:
         """Return field and value of the image; ("", None) if there is none."""
@@ -467,7 +478,7 @@ def _load_image(name: str, value: Any) -> tuple[str | None, bytes | None]:
 
 
 def _is_base64_image(text: str) -> bool:
-    """Tell if a text is an image file in base64, as in the tables of MMBench. No path is so long, and begins so."""
+    """Return True if a text is an image file in base64, as in tables of MMBench. No path is so long and begins so."""
     return len(text) >= MIN_BASE64_CHARACTERS and text.startswith(_BASE64_IMAGE_BEGINNINGS)
 
 

@@ -191,10 +191,10 @@ def is_once_per_epoch(order: Order, pairs: Sequence[tuple[int, int]]) -> bool:
 class NumbersOnlyReader(Reader):
     """Reader that returns the scheduled samples without reading them."""
 
-    def _fetch(self, source: np.ndarray, scheduled: np.ndarray) -> list[None]:
+    def _read_or_none(self, source: np.ndarray, scheduled: np.ndarray) -> list[None]:
         return [None] * len(scheduled)
 
-    def _usable_or_replacement(self, position: int, source: int, scheduled: int, *_: None) -> tuple[Any, None, None]:
+    def _encode_or_replace(self, position: int, source: int, scheduled: int, *_: None) -> tuple[Any, None, None]:
         return {"input_ids": np.array([scheduled])}, None, None
 
 

@@ -25,7 +25,7 @@ from pipelines.data.quarantine import QuarantineError, RejectionSummary
 from pipelines.data.records import find_rejection
 from pipelines.data.shard_index import QUARANTINE_FILE, Shards
 from pipelines.data.shard_writer import make_shards
-from pipelines.data.sources.json_records import parse_records
+from pipelines.data.sources.json_records import iterate_json
 from pipelines.data.sources.layouts import find_layout
 from pipelines.data.sources.opened import RecordSource
 from pipelines.data.sources.rows import SourceRecord, convert_row
@@ -344,7 +344,8 @@ def test_no_odd_row_ends_the_conversion() -> None:
         text = odd_record(rng)
         for old, new in (("conversations", "messages"), ("from", "role"), ("value", "content"), ("human", "user")):
             text = text.replace(f'"{old}"', f'"{new}"') if rng.random() < 0.8 else text
-        [record] = parse_records(f"[{text}]".encode("utf-8", "surrogatepass"), "x.json")
+        data = f"[{text}]".encode("utf-8", "surrogatepass")
+        [(_, record)] = iterate_json([data], "x.json", frozenset({"conversations"}))
         converted = convert_row(record, {}, "P", "a", may_be_record=rng.random() < 0.5)
         rejection = converted.rejection or find_rejection(converted.record, None)
         reasons |= {rejection.reason} if rejection else set()

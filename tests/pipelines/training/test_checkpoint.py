@@ -65,7 +65,7 @@ def draw_cuts(rng: random.Random) -> dict[str, Sequence[int]]:
 
 def save(folder: str, cursor: int, loss: float = 0, whole: State | None = None, parts: int = 3) -> str:
     """Write a checkpoint of `make_state(cursor)` as so many ranks do, and return its URL."""
-    url = storage.join(folder, checkpoint.format_name(cursor))
+    url = storage.join(folder, checkpoint.format_step_name(cursor))
     rng = random.Random(cursor)
     pieces = cut_state(whole or make_state(cursor), draw_cuts(rng))
     rng.shuffle(pieces)
@@ -271,7 +271,7 @@ def restore_one_parameter(folder: str) -> tuple[int | None, list[str], bool]:
 @pytest.mark.integration
 def test_a_checkpoint_that_one_rank_finds_damaged_is_skipped_by_all(folder: str, tmp_path: Path) -> None:
     for cursor in (10, 20, 30):
-        url = storage.join(folder, checkpoint.format_name(cursor))
+        url = storage.join(folder, checkpoint.format_step_name(cursor))
         files: dict[str, Any] = {}
         for number, fragment in enumerate(whole_fragments(make_state(cursor))):
             files |= Upload(url, number, [fragment]).result()
@@ -330,7 +330,7 @@ def test_pruning_keeps_the_newest_and_those_with_the_lowest_loss(
     checkpoint.prune(folder, 50, last, best)
     assert list_cursors(folder) == (remaining or [50, 40, 30, 20, 10])
     assert sorted(path.name for path in Path(folder).iterdir()) == sorted(
-        map(checkpoint.format_name, list_cursors(folder))
+        map(checkpoint.format_step_name, list_cursors(folder))
     )
 
 
@@ -338,7 +338,7 @@ def test_pruning_keeps_newer_folders_and_removes_older_incomplete_ones(folder: s
     for cursor in (10, 20, 30, 40):
         save(folder, cursor)
     for cursor in (20, 40):
-        (Path(folder) / checkpoint.format_name(cursor) / MANIFEST).unlink()
+        (Path(folder) / checkpoint.format_step_name(cursor) / MANIFEST).unlink()
     checkpoint.prune(folder, 30, 2, 0)
     assert sorted(path.name for path in Path(folder).iterdir()) == ["step-000010", "step-000030", "step-000040"]
 
@@ -420,7 +420,7 @@ def test_an_unreachable_store_is_an_error_and_not_damage(
 def test_a_failed_upload_reports_its_error_and_makes_no_checkpoint(proxy: Any, bucket: str) -> None:
     save(bucket, 10)
     proxy.always = "SlowDown"
-    upload = Upload(storage.join(bucket, checkpoint.format_name(20)), 3, whole_fragments(make_state(20)))
+    upload = Upload(storage.join(bucket, checkpoint.format_step_name(20)), 3, whole_fragments(make_state(20)))
     assert upload.error().text.startswith(
         f"rank 3: {bucket}/step-000020/rank-0003-00.safetensors: given up after 8 tries"
     )
@@ -430,7 +430,7 @@ def test_a_failed_upload_reports_its_error_and_makes_no_checkpoint(proxy: Any, b
 
 
 def test_an_upload_contains_the_state_at_its_start(folder: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    whole, url = make_state(10), storage.join(folder, checkpoint.format_name(10))
+    whole, url = make_state(10), storage.join(folder, checkpoint.format_step_name(10))
     write, changed = storage.write, threading.Event()
 
     def write_late(url: str, data: bytes) -> None:

@@ -82,7 +82,7 @@ def train_all(plans: list[StagePlan]) -> list[tuple[list[list[float]], dict[str,
             # a schedule without warmup begins with the peak
             engine.set_learning_rate(deepspeed_engine, engine.LearningRateSchedule(len(IMAGE_COUNTS), 0.0), 1)
             batch = reader(step * ranks.count_workers() + deepspeed_engine.global_rank)
-            update = worker.forward_backward(deepspeed_engine, plan, [batch])
+            update = worker.train_global_batch(deepspeed_engine, plan, [batch])
             loss = worker.all_reduce_stats({"loss": update.loss}, deepspeed_engine.device)["loss"]
             steps.append([len(batch["pixel_values"]), loss, update.grad_norm])
         results.append((steps, ranks.gather_state(deepspeed_engine)))

@@ -117,4 +117,4 @@ def test_a_full_disk_does_not_stop_training_and_a_later_checkpoint_succeeds(new_
     ]
     assert cursors == [8, 6, 2]
     names = {path.parent.name for path in Path(plan.folder).glob("step-*/*")}
-    assert names == set(map(checkpoint.format_name, cursors))
+    assert names == set(map(checkpoint.format_step_name, cursors))
