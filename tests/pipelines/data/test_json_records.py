@@ -7,13 +7,18 @@ from typing import Any
 import pytest
 
 from pipelines.data.records import MAX_DEPTH, find_rejection
-from pipelines.data.sources.json_records import iterate_json, parse_records
+from pipelines.data.sources.json_records import iterate_json
 
 TEXT = {"id": "t", "conversations": [{"from": "human", "value": "sure?"}, {"from": "gpt", "value": "yes, sure"}]}
 
 
 def text_record(human: str, gpt: str = "a") -> dict[str, Any]:
     return {"conversations": [{"from": "human", "value": human}, {"from": "gpt", "value": gpt}]}
+
+
+def parse_records(text: bytes, name: str) -> list[Any]:
+    """Parse the records of a file in LLaVA's form."""
+    return [record for _, record in iterate_json([text], name, frozenset({"conversations"}))]
 
 
 DEEP = "[" * 5000 + "]" * 5000
