@@ -23,6 +23,8 @@ import pytest
 from openai import APIStatusError, OpenAI
 from PIL import Image
 
+from jobs import serve
+from pipelines.serving import app
 from redux.answering import load
 from redux.chat import ChatModel, choose_methods, load_chat_model
 from redux.messages import Message, Sampling
@@ -493,7 +495,27 @@ def test_a_killed_replica_costs_no_request_its_answer(server: Server, model: Cha
     assert server.ask(QUESTION).choices[0].message.content == answer_here(model, Message(role="user", text=QUESTION))
     texts += [chunk.choices[0].delta.content or "" for chunk in stream]
     assert "".join(texts) == expected
-    server.command.wait_for("all copies of the model answer again")
+    wait_until(lambda: server.find_replicas() not in ([], [replica]))
+
+
+def test_a_replica_that_dies_and_its_successor_are_announced(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    states = iter([True, False, False, True, True])
+
+    def all_replicas_run() -> bool:
+        for state in states:
+            return state
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(app, "all_replicas_run", all_replicas_run)
+    monkeypatch.setattr(serve, "STATUS_POLL_S", 0)
+    with pytest.raises(KeyboardInterrupt):
+        serve._watch(2)
+    assert capsys.readouterr().out.splitlines() == [
+        "a copy of the model has died and is replaced; copies in all: 2",
+        "all copies of the model answer again",
+    ]
 
 
 def test_ctrl_c_ends_the_server_and_leaves_nothing(server: Server) -> None:
