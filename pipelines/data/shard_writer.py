@@ -39,7 +39,7 @@ from pipelines.data.images import URL_SCHEME, ImageFolder, OutsideError, check_i
 from pipelines.data.index_file import INDEX_SCHEMA, IndexBuilder, as_record_batch
 from pipelines.data.options import ShardOptions
 from pipelines.data.quarantine import QuarantineError, RejectionSummary
-from pipelines.data.records import RecordRejection, find_rejection, has_image, shorten
+from pipelines.data.records import RecordRejection, find_rejection, has_image, is_unicode, shorten
 from pipelines.data.repairs import find_repair
 from pipelines.data.shard_index import (
     QUARANTINE_FILE,
@@ -379,6 +379,8 @@ def read_image(
         if options.image_size:
             suffix, image = "ppm", prepare_image(image, options.image_size, options.image_aspect_ratio)
     except (OutsideError, FileNotFoundError) as error:
+        if not is_unicode(path):
+            return RecordRejection("broken text", "image", shorten(path)), "", b""
         reason = "outside folder" if isinstance(error, OutsideError) else "missing image"
         is_address = URL_SCHEME.match(path) and not path.lower().startswith("file:")
         # the same for all images of a set, so the folder is not searched
