@@ -148,18 +148,9 @@ class Inhibition(HeadwiseMask):
         return torch.stack([self.columns[:, 0] * self.valid[:, 0], end], dim=1).int()
 
     @torch.no_grad()
-    def compute_mask(
-        self,
-        layer: int,
-        query: Float[Tensor, "batch heads rows head_dim"],
-        key: Float[Tensor, "batch kv_heads keys head_dim"],
-        visible: Bool[Tensor, "masks 1 rows keys"],
-        scale: float,
-        bias: Float[Tensor, "masks 1 rows keys"] | None = None,
-        mesh: Any = None,
-    ) -> Bool[Tensor, "batch mask_heads rows keys"]:
-        """Compute the pairs that stay in one layer, and record them in `record_decisions`."""
-        mask = super().compute_mask(layer, query, key, visible, scale, bias, mesh)
+    def compute_mask(self, layer: int, *args: Any, **kwargs: Any) -> Bool[Tensor, "batch mask_heads rows keys"]:
+        """Compute the pairs that stay as `HeadwiseMask.compute_mask`, and record them in `record_decisions`."""
+        mask = super().compute_mask(layer, *args, **kwargs)
         if (decisions := _recorded.get()) is not None:
             decisions[layer] = mask
         return mask

@@ -7,6 +7,7 @@ Shapes: batch, heads, kv_heads, rows (queries of this call), keys (all tokens so
 masks (batch, or 1 if all sequences share a mask).
 """
 
+from abc import ABC, abstractmethod
 from dataclasses import dataclass, field, replace
 from typing import Any, ClassVar, TypeVar
 
@@ -22,7 +23,7 @@ Mask = TypeVar("Mask", bound="HeadwiseMask")
 
 
 @dataclass(frozen=True, kw_only=True)
-class HeadwiseMask:
+class HeadwiseMask(ABC):
     """Base of `redux.cmai.Inhibition` and `redux.decoding.DecodingStep`, which document the fields."""
 
     SEQUENCE_FIELDS: ClassVar[tuple[str, ...]] = ()
@@ -91,6 +92,7 @@ class HeadwiseMask:
         )
         return unfold_heads(masks, heads, query.shape[1])
 
+    @abstractmethod
     def _compute_shared_mask(
         self,
         layer: int,
@@ -102,7 +104,6 @@ class HeadwiseMask:
         mesh: Any,
     ) -> Bool[Tensor, "batch 1 rows keys"]:
         """Compute one mask for all heads, from the mean of their attention."""
-        raise NotImplementedError
 
     def _repeat_for_heads(self: Mask, num_heads: int) -> Mask:
         """Return the masks of the sequences of `fold_heads`."""

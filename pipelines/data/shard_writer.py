@@ -141,7 +141,7 @@ class _ListDigest:
 
     def __init__(self) -> None:
         self._hash = hashlib.sha256()
-        self._separator = b"["  # what precedes the next item
+        self._separator = b"["  # What precedes the next item
 
     def add(self, item: bytes) -> None:
         """Add an item, given as JSON."""

@@ -116,7 +116,7 @@ def test_our_own_lines_and_the_official_form_say_the_same(name: str, write: Writ
 
 @pytest.mark.parametrize("name", BENCHMARKS)
 @pytest.mark.parametrize(
-    ("content", "said"),
+    ("content", "message"),
     [
         ('{"id": "@", "response": "x"}\n\n{"id": ', r"answers: line 3: not JSON: .*, at character \d+"),
         ('{"id": "@", "response": "x"}\n{"id": "no", "response": "x"}', "answers: line 2: got an answer to 'no'"),
@@ -131,17 +131,17 @@ def test_our_own_lines_and_the_official_form_say_the_same(name: str, write: Writ
     ],
 )  # fmt: skip
 def test_a_bad_answer_is_named_with_file_and_place(
-    name: str, content: str, said: str, write: Write, example: Example
+    name: str, content: str, message: str, write: Write, example: Example
 ) -> None:
     questions, right = example.questions, example.find_right_answers()
     path = write("answers", content.replace("@", next(iter(right))))
-    with pytest.raises(ValueError, match=said) as caught:
+    with pytest.raises(ValueError, match=message) as caught:
         BENCHMARKS[name].read_answers(path, questions)
     assert str(path) in str(caught.value)
 
 
 @pytest.mark.parametrize(
-    ("name", "content", "said"),
+    ("name", "content", "message"),
     [
         ("vqav2", '{"questions": [', "line 1: not JSON"),
         ("vqav2", "3", "VQAv2: got .*, 0 of them with 'questions', allowed: one of questions"),
@@ -157,9 +157,9 @@ def test_a_bad_answer_is_named_with_file_and_place(
         ("mmbench", "index\tquestion\timage\n1\tq\tAAAA\n", "row 1: got no option"),
     ],
 )  # fmt: skip
-def test_a_bad_file_of_questions_is_named_with_the_place(name: str, content: str, said: str, write: Write) -> None:
+def test_a_bad_file_of_questions_is_named_with_the_place(name: str, content: str, message: str, write: Write) -> None:
     path = write("questions", content)
-    with pytest.raises(ValueError, match=said) as caught:
+    with pytest.raises(ValueError, match=message) as caught:
         BENCHMARKS[name].read_questions(path)
     assert path in str(caught.value)
 
