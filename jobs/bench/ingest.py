@@ -42,6 +42,7 @@ import time
 import warnings
 import zlib
 from collections.abc import Callable, Iterable, Iterator, Sequence
+from concurrent.futures import ProcessPoolExecutor
 from contextlib import contextmanager
 from dataclasses import replace
 from functools import partial
@@ -260,10 +261,10 @@ def make_files(root: Path, images: int, squares: bool) -> dict[str, Checksums]:
         squares: also make shards of prepared squares.
     """
     (root / "photos").mkdir(parents=True, exist_ok=True)
-    with multiprocessing.Pool(INGEST_WORKERS, torch.set_num_threads, (1,)) as pool:
+    with open_pool() as pool:
         missing = [(number, path) for number, path in enumerate(list_photos(root, images)) if not path.exists()]
-        list(tqdm(pool.imap(_write_photo, missing), "photos", len(missing), unit="image"))
-        pairs = list(tqdm(pool.imap(_compute_pair, list_photos(root, images)), "pixels", images, unit="image"))
+        list(tqdm(pool.map(_write_photo, missing), "photos", len(missing), unit="image"))
+        pairs = list(tqdm(pool.map(_compute_pair, list_photos(root, images)), "pixels", images, unit="image"))
     exact, fast = map(list, zip(*pairs, strict=True))
     if len({*exact}) < images or len({*fast}) < images:
         raise RuntimeError(f"{root}: got images with equal checksums, allowed: none")
@@ -274,6 +275,14 @@ def make_files(root: Path, images: int, squares: bool) -> dict[str, Checksums]:
         if squares:
             make_shards(records, str(root / "photos"), str(root / "squares"), replace(options, image_size=INGEST_SIZE))
     return {"exact": exact, "fast": fast}
+
+
+def open_pool() -> ProcessPoolExecutor:
+    """Open a pool of forks of this process, which have imported torch, with one thread each.
+
+    Unlike a `multiprocessing.Pool`, it ends them without a signal. A handler of Ray that they inherit would catch it.
+    """
+    return ProcessPoolExecutor(INGEST_WORKERS, multiprocessing.get_context("fork"), torch.set_num_threads, (1,))
 
 
 def list_photos(root: Path, images: int) -> list[Path]:
@@ -370,9 +379,9 @@ INGEST_FORMATS: dict[str, Callable[[Path], None]] = {
 def iterate_bare(root: Path, backend: ImageBackend) -> Iterator[Checksums]:
     """Read files and make pixels in two processes, which send only the checksums back."""
     paths = sorted((root / "photos").glob("*.jpg"))
-    with multiprocessing.Pool(INGEST_WORKERS, torch.set_num_threads, (1,)) as pool:
-        parts = [paths[start : start + INGEST_BATCH] for start in range(0, len(paths), INGEST_BATCH)]
-        yield from pool.imap_unordered(partial(_load_checksums, backend=backend), parts)
+    parts = [paths[start : start + INGEST_BATCH] for start in range(0, len(paths), INGEST_BATCH)]
+    with open_pool() as pool:
+        yield from pool.map(partial(_load_checksums, backend=backend), parts)
 
 
 def _load_checksums(paths: list[Path], backend: ImageBackend) -> Checksums:
