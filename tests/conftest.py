@@ -82,6 +82,11 @@ def pytest_collection_finish() -> None:
     gc.enable()
 
 
+def pytest_unconfigure() -> None:
+    """Let the interpreter collect all objects at its end. Libraries report frozen ones as leaked."""
+    gc.unfreeze()
+
+
 @pytest.fixture(scope="session")
 def ray_cluster() -> Iterator[Any]:
     """The module `ray`, initialised on a local Ray with two CPUs; it ends with the session.

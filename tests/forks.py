@@ -1,137 +1,181 @@
-"""Server of the workers of one raylet. Workers are forks of it, and it has imported torch and Ray.
+"""Forks of a process that has imported torch, Ray and DeepSpeed: ranks, commands, and the workers of a Ray.
 
-A new process imports them for up to ten seconds of CPU; a fork starts in milliseconds. The first worker that a raylet
-starts becomes the server, in the session of the raylet and below it. `request_worker.py` connects it with the others.
-`use_forks` makes a Ray start its workers so. As a program, this module runs another one whose Ray has forks as workers:
+A new process imports them for up to ten seconds of CPU; a fork starts in milliseconds. Each test process has one fork
+server, which starts with the first fork and ends with the test process.
 
-    python -m tests.worker_forks jobs.command run job.yaml
+- `start_fork` calls a function in a fork.
+- `ForkedCommand` runs a program in a fork, and lets the workers of its Ray be forks.
+- `use_forks` lets the workers of a Ray that this process starts be forks. `request_worker.py` requests them.
+
+As a program, this module imports the modules itself and runs another module whose Ray has forks as workers:
+
+    python -m tests.forks jobs.command run job.yaml
 """
 
 import argparse
 import atexit
-import gc
-import importlib
+import ctypes
 import json
+import multiprocessing
 import os
 import runpy
 import select
 import shutil
 import signal
 import socket
+import subprocess
 import sys
 import traceback
-from collections.abc import Iterator
-from contextlib import contextmanager, nullcontext
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager, nullcontext, suppress
 from functools import partial
+from multiprocessing import reduction
+from multiprocessing.process import BaseProcess
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any, NoReturn
 from unittest.mock import patch
 
-from pipelines.core.imports import import_without
+import psutil
 
-WORKER_MODULES = ["torch._dynamo", "torch._inductor", "redux.contrastive", "redux.loading"]
-"""Modules that workers import and that do not import Ray. DeepSpeed imports the first two in every rank."""
-
-WITH_FORKS = [sys.executable, "-m", "tests.worker_forks"]
+WITH_FORKS = [sys.executable, "-m", "tests.forks"]
 """First words of a command whose Ray has forks as workers. The name of a module and its words follow."""
 
 WORKER_SCRIPT = str(Path(__file__).with_name("request_worker.py"))
 
-REGISTER_TIMEOUT = {"RAY_worker_register_timeout_seconds": "600"}
-"""Environment of a raylet. Its server answers when it has imported everything, on a busy machine after minutes."""
+WORKER_SERVER = "REDUX_TEST_WORKER_SERVER"
+"""Environment variable of a raylet: name of the abstract socket of the process that forks its workers."""
+
+CLONE_NEWNS, CLONE_NEWUTS, CLONE_NEWUSER, CLONE_NEWPID, CLONE_NEWNET = 1 << 17, 1 << 26, 1 << 28, 1 << 29, 1 << 30
+"""Kinds of namespaces; os has them since Python 3.12."""
+
+ENDING_S = 30
+"""Limit of the time in which killed processes end."""
 
 
-@contextmanager
-def use_forks() -> Iterator[None]:
-    """Let the workers of a Ray that this process starts in a with block be forks, which cannot use a GPU.
+def start_fork(work: Callable[..., Any], *args: Any) -> BaseProcess:
+    """Call `work(*args)` in a fork of the fork server."""
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload(["tests.preloaded"])
+    process = context.Process(target=work, args=args)
+    process.start()
+    return process
 
-    On other systems than Linux, they are new processes.
+
+# Commands
+
+
+class ForkedCommand:
+    """A command in a fork, which has a session of its own: `python -m MODULE WORDS...` without the imports.
+
+    It has the methods of `subprocess.Popen` that tests use.
+
+    Args:
+        module: name of the module.
+        words: its arguments.
+        environment: all its environment variables.
+        output: descriptor for standard output and errors.
+        namespaces: process in whose namespaces the command runs: user, network, mounts, host name and processes.
+            The process of the fork stays outside and ends with the command.
     """
-    from ray._private import parameter
 
-    if sys.platform != "linux":
-        yield
-        return
-    parameters = partial(parameter.RayParams, setup_worker_path=WORKER_SCRIPT)
-    with patch.object(parameter, "RayParams", parameters):
-        yield
+    def __init__(
+        self,
+        module: str,
+        words: Sequence[str],
+        environment: Mapping[str, str],
+        output: int,
+        namespaces: int | None = None,
+    ) -> None:
+        self._process = start_fork(
+            _become_command, module, list(words), dict(environment), reduction.DupFd(output), namespaces
+        )
+        assert self._process.pid
+        self.pid = self._process.pid
 
+    def poll(self) -> int | None:
+        """Return the exit code, or None before the end."""
+        return self._process.exitcode
 
-def serve(listener: socket.socket) -> None:
-    """Fork a worker for each request, until the raylet ends."""
-    # It fails if the raylet has ended already, and with it this process.
-    raylet = os.pidfd_open(int(os.environ["RAY_RAYLET_PID"]))
-    # Imports run faster without collections. Later collections, in forks, neither look at these objects nor copy them.
-    gc.disable()
-    import_without("deepspeed", "mlflow")
-    for name in WORKER_MODULES:
-        importlib.import_module(name)
-    # A worker without a job gets its job with its first task. Ray reads the variable when it is imported.
-    os.environ["RAY_JOB_ID"] = "ffffffff"
-    _import_with_ray()
-    gc.freeze()
-    gc.enable()
-    # Nobody waits for the workers.
-    signal.signal(signal.SIGCHLD, signal.SIG_IGN)
-    while raylet not in select.select([listener, raylet], [], [])[0]:
-        request, _ = listener.accept()
-        with request:
-            _, descriptors, _, _ = socket.recv_fds(request, 1, 3)
-            with request.makefile() as file:
-                words, environment, folder = json.load(file)
-        if os.fork() == 0:
-            listener.close()
-            for number, descriptor in enumerate(descriptors):
-                os.dup2(descriptor, number)
-                os.close(descriptor)
-            _become_worker(words, environment, folder)
-        for descriptor in descriptors:
-            os.close(descriptor)
+    def wait(self, timeout: float | None = None) -> int:
+        """Wait for the exit code. Raises subprocess.TimeoutExpired."""
+        self._process.join(timeout)
+        if self._process.exitcode is None:
+            assert timeout is not None
+            raise subprocess.TimeoutExpired(self._process.name, timeout)
+        return self._process.exitcode
+
+    def kill(self) -> None:
+        """Send SIGKILL."""
+        self._process.kill()
+
+    def terminate(self) -> None:
+        """Send SIGTERM."""
+        self._process.terminate()
 
 
-def _import_with_ray() -> None:
-    """Import the modules that import Ray, without a draw from Ray's generator of IDs.
+def _become_command(
+    module: str, words: list[str], environment: dict[str, str], output: Any, namespaces: int | None
+) -> NoReturn:
+    os.setsid()
+    descriptor = output.detach()
+    for number in (1, 2):
+        os.dup2(descriptor, number)
+    os.close(descriptor)
+    # The test process may ignore SIGINT, and then so does the fork server.
+    signal.signal(signal.SIGINT, signal.default_int_handler)
+    if namespaces:
+        _enter_namespaces(namespaces)
+    _replace_environment(environment)
+    _end_after(lambda: run_with_forks(module, words))
 
-    The first draw seeds it. Forks of a process with a seeded generator would draw the same IDs for their tasks.
+
+def _enter_namespaces(process: int) -> None:
+    """Move a child of this process into the namespaces of another one, and continue there; this process waits for it.
+
+    A process cannot move into a namespace of processes, only its later children can.
     """
-    import ray.actor
+    folder = Path.cwd()
+    namespaces = CLONE_NEWUSER | CLONE_NEWNET | CLONE_NEWNS | CLONE_NEWUTS | CLONE_NEWPID
+    libc = ctypes.CDLL(None, use_errno=True)
+    if libc.setns(os.pidfd_open(process), namespaces):
+        raise OSError(ctypes.get_errno(), "setns")
+    if child := os.fork():
+        _, status = os.waitpid(child, 0)
+        code = os.waitstatus_to_exitcode(status)
+        os._exit(code if code >= 0 else 128 - code)
+    os.chdir(folder)
 
-    class_id = ray.actor.ActorClassID
-    # Ray draws an ID for each class of actors.
-    draw = SimpleNamespace(from_random=lambda: class_id(os.urandom(class_id.size())))
-    with patch.object(ray.actor, "ActorClassID", draw):
-        importlib.import_module("pipelines.training.worker")
+
+def run_with_forks(module: str, words: list[str]) -> None:
+    """Run a module as a program whose Ray has forks of this process as workers.
+
+    A Ray that it starts has neither a log monitor nor a server of Ray's client, which no test uses.
+    """
+    from ray._private.node import Node
+
+    sys.argv = [module, *words]
+    with (
+        patch.object(Node, "start_log_monitor"),
+        patch.object(Node, "start_ray_client_server"),
+        nullcontext() if shutil.which("nvidia-smi") else use_forks(_fork_this_process),
+    ):
+        runpy.run_module(module, run_name="__main__", alter_sys=True)
 
 
-def _become_worker(words: list[str], environment: dict[str, str], folder: str) -> NoReturn:
-    """Run the command of a worker in this process, as ray/_private/workers/setup_worker.py does in a new one."""
+def _replace_environment(environment: dict[str, str]) -> None:
+    """Replace all environment variables, also for Ray, which has read its token from those of the fork server."""
     from ray._private.authentication_test_utils import reset_auth_token_state
-    from ray._private.runtime_env.context import RuntimeEnvContext
-    from ray._private.utils import update_envs
 
+    os.environ.clear()
+    os.environ.update(environment)
+    reset_auth_token_state()
+
+
+def _end_after(run: Callable[[], Any]) -> NoReturn:
+    """Run a program in this process, and end as a new process would."""
     code: Any = 1
     try:
-        signal.signal(signal.SIGCHLD, signal.SIG_DFL)
-        # Ray ends the process group of a worker with the worker.
-        os.setpgrp()
-        os.chdir(folder)
-        os.environ.clear()
-        os.environ.update(environment)
-        # Ray has read its settings from the environment of the server.
-        reset_auth_token_state()
-        parser = argparse.ArgumentParser()
-        parser.add_argument("--serialized-runtime-env-context", default="{}")
-        parser.add_argument("--language", choices=["PYTHON"])
-        options, sys.argv = parser.parse_known_args(words)
-        context = RuntimeEnvContext.deserialize(options.serialized_runtime_env_context)
-        update_envs(context.env_vars)
-        if context.command_prefix:
-            # The prefix of a working directory.
-            _, directory, _ = context.command_prefix
-            os.chdir(directory)
-            sys.path.insert(0, directory)
-        runpy.run_path(sys.argv[0], run_name="__main__")
+        run()
         code = 0
     except SystemExit as ended:
         code = ended.code
@@ -139,25 +183,137 @@ def _become_worker(words: list[str], environment: dict[str, str], folder: str) -
         traceback.print_exc()
     finally:
         atexit._run_exitfuncs()
+        sys.stdout.flush()
+        sys.stderr.flush()
         os._exit(code if isinstance(code, int) else code is not None)
 
 
-def run_with_forks() -> None:
-    """Run the module that the first word of this command names, with the other words.
+# Workers of a Ray
 
-    A Ray that it starts has neither a log monitor nor a server of Ray's client, which no test uses.
+
+@contextmanager
+def use_forks(fork: Callable[..., int] | None = None) -> Iterator[None]:
+    """Let the workers of a Ray that this process starts in a with block be forks, which cannot use a GPU.
+
+    On other systems than Linux, they are new processes.
+
+    Args:
+        fork: calls a function in a fork and returns its process ID. By default, a fork of the fork server.
     """
-    from ray._private.node import Node
+    from ray._private import parameter
 
-    sys.argv.pop(0)
-    os.environ.update(REGISTER_TIMEOUT)
-    with (
-        patch.object(Node, "start_log_monitor"),
-        patch.object(Node, "start_ray_client_server"),
-        nullcontext() if shutil.which("nvidia-smi") else use_forks(),
-    ):
-        runpy.run_module(sys.argv[0], run_name="__main__", alter_sys=True)
+    if sys.platform != "linux":
+        yield
+        return
+    with socket.socket(socket.AF_UNIX) as listener:
+        name = f"redux-{os.getpid()}-{os.urandom(8).hex()}"
+        listener.bind(f"\0{name}")
+        listener.listen(1000)
+        server = psutil.Process((fork or _fork_the_server)(_serve, listener, os.getpid()))
+    parameters = partial(parameter.RayParams, setup_worker_path=WORKER_SCRIPT)
+    try:
+        with patch.object(parameter, "RayParams", parameters), patch.dict(os.environ, {WORKER_SERVER: name}):
+            yield
+    finally:
+        _kill(server)
+
+
+def _kill(server: psutil.Process) -> None:
+    """Kill a process and its forks, and wait for their end."""
+    with suppress(psutil.NoSuchProcess):
+        processes = [server, *server.children()]
+        for process in processes:
+            with suppress(psutil.NoSuchProcess):
+                process.kill()
+        psutil.wait_procs(processes, timeout=ENDING_S)
+
+
+def _fork_the_server(work: Callable[..., Any], *args: Any) -> int:
+    """Call a function in a fork of the fork server."""
+    process = start_fork(work, *args)
+    assert process.pid
+    return process.pid
+
+
+def _fork_this_process(work: Callable[..., Any], *args: Any) -> int:
+    """Call a function in a fork of this process, which has imported the modules."""
+    if process := os.fork():
+        return process
+    _end_after(lambda: work(*args))
+
+
+def _serve(listener: socket.socket, owner: int) -> None:
+    """Fork a worker for each request, until the owner of this server and all raylets with workers end.
+
+    Workers are killed when their raylet ends.
+    """
+    # Signals to the group of the owner are not for workers.
+    os.setsid()
+    # Nobody waits for the workers.
+    signal.signal(signal.SIGCHLD, signal.SIG_IGN)
+    processes = {owner: os.pidfd_open(owner)}
+    workers: dict[int, list[int]] = {owner: []}
+    while processes:
+        ready, _, _ = select.select([listener, *processes.values()], [], [])
+        for process in [process for process, descriptor in processes.items() if descriptor in ready]:
+            os.close(processes.pop(process))
+            for worker in workers.pop(process):
+                with suppress(ProcessLookupError):
+                    signal.pidfd_send_signal(worker, signal.SIGKILL)
+                os.close(worker)
+        if listener in ready:
+            raylet, worker = _fork_worker(listener)
+            if raylet not in processes:
+                processes[raylet], workers[raylet] = os.pidfd_open(raylet), []
+            workers[raylet].append(os.pidfd_open(worker))
+
+
+def _fork_worker(listener: socket.socket) -> tuple[int, int]:
+    """Fork a worker for a request, and return the process IDs of its raylet and of the worker."""
+    request, _ = listener.accept()
+    with request:
+        _, descriptors, _, _ = socket.recv_fds(request, 1, 3)
+        with request.makefile() as file:
+            words, environment, folder, mask = json.load(file)
+    worker = os.fork()
+    if worker == 0:
+        listener.close()
+        for number, descriptor in enumerate(descriptors):
+            os.dup2(descriptor, number)
+            os.close(descriptor)
+        _end_after(lambda: _run_worker(words, environment, folder, mask))
+    for descriptor in descriptors:
+        os.close(descriptor)
+    return int(environment["RAY_RAYLET_PID"]), worker
+
+
+def _run_worker(words: list[str], environment: dict[str, str], folder: str, mask: list[int]) -> None:
+    """Run the command of a worker in this process, as ray/_private/workers/setup_worker.py does in a new one."""
+    from ray._private.runtime_env.context import RuntimeEnvContext
+    from ray._private.utils import update_envs
+
+    signal.signal(signal.SIGCHLD, signal.SIG_DFL)
+    signal.pthread_sigmask(signal.SIG_SETMASK, mask)
+    # Ray ends the process group of a worker with the worker.
+    os.setpgrp()
+    os.chdir(folder)
+    _replace_environment(environment)
+    parser = argparse.ArgumentParser()
+    parser.add_argument("--serialized-runtime-env-context", default="{}")
+    parser.add_argument("--language", choices=["PYTHON"])
+    options, sys.argv = parser.parse_known_args(words)
+    context = RuntimeEnvContext.deserialize(options.serialized_runtime_env_context)
+    update_envs(context.env_vars)
+    if context.command_prefix:
+        # The prefix of a working directory.
+        _, directory, _ = context.command_prefix
+        os.chdir(directory)
+        sys.path.insert(0, directory)
+    runpy.run_path(sys.argv[0], run_name="__main__")
 
 
 if __name__ == "__main__":
-    run_with_forks()
+    import tests.preloaded  # noqa: F401
+    from tests import forks  # not this module, whose name is __main__, which the program will have
+
+    forks.run_with_forks(sys.argv[1], sys.argv[2:])

@@ -4,9 +4,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext
 from typing import Any
 
-import pytest
-
-from tests import worker_forks
+from tests import forks
 
 
 @contextmanager
@@ -21,22 +19,16 @@ def start_ray(with_forks: bool) -> Iterator[Any]:
     from pipelines.core import cluster
 
     settings = {"num_cpus": 2, "include_dashboard": False, "configure_logging": False, "log_to_driver": False}
-    for attempt in range(3):
-        with (
-            cluster.omit_services(),
-            worker_forks.use_forks() if with_forks else nullcontext(),
-            pytest.MonkeyPatch.context() as patched,
-        ):
-            # ray.init sets variables that must stay, so only these are restored.
-            for name, value in worker_forks.REGISTER_TIMEOUT.items():
-                patched.setenv(name, value)
-            try:
-                # address="local": a Ray that happens to run on the machine is not a test's to use
-                ray.init(address="local", **settings)
-                break
-            except Exception as error:  # Ray 2.60 gives up after 30 s on a busy machine
-                ray.shutdown()
-                if attempt == 2 or "timed out during startup" not in str(error):
-                    raise
-    yield ray
-    ray.shutdown()
+    with forks.use_forks() if with_forks else nullcontext():
+        for attempt in range(3):
+            with cluster.omit_services():
+                try:
+                    # address="local": a Ray that happens to run on the machine is not a test's to use
+                    ray.init(address="local", **settings)
+                    break
+                except Exception as error:  # Ray 2.60 gives up after 30 s on a busy machine
+                    ray.shutdown()
+                    if attempt == 2 or "timed out during startup" not in str(error):
+                        raise
+        yield ray
+        ray.shutdown()

@@ -15,12 +15,12 @@ from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from functools import cache
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 import psutil
 
+from tests.forks import ForkedCommand
 from tests.waiting import wait_until
-from tests.worker_forks import WITH_FORKS
 
 FAST_FAILURE_DETECTION = {
     "RAY_health_check_initial_delay_ms": "0",
@@ -31,12 +31,9 @@ FAST_FAILURE_DETECTION = {
 }
 """Time until a cluster and its driver notice a lost node or head; with Ray's defaults up to a minute."""
 
-RAY = [*WITH_FORKS, "ray.scripts.scripts"]
-"""The command `ray`, whose workers are forks."""
-
 NAMESPACES = ("user", "net", "mount", "uts", "pid")
 
-Process = subprocess.Popen[bytes]
+Process = subprocess.Popen[bytes] | ForkedCommand
 
 
 @cache
@@ -61,7 +58,7 @@ def _enter(process: int, namespaces: Sequence[str], command: Sequence[str]) -> l
     return ["nsenter", f"--target={process}", *options, "--preserve-credentials", f"--wd={Path.cwd()}", *command]
 
 
-def _hold_namespaces(command: Sequence[str]) -> Process:
+def _hold_namespaces(command: Sequence[str]) -> subprocess.Popen[bytes]:
     """Start a process that holds the namespaces of a command, and wait until they exist."""
     script = "echo there; sleep infinity; :"  # the last command keeps the shell, which reaps orphans
     holder = subprocess.Popen([*command, "sh", "-c", script], stdout=subprocess.PIPE)
@@ -83,7 +80,7 @@ class Machine:
         self.network, self.ip = network, ip
         self.scratch = network.folder / "scratch"
         self.processes: list[Process] = []
-        self.holder: Process | None = None
+        self.holder: subprocess.Popen[bytes] | None = None
         if network.holder:
             self._create_namespaces(network.holder.pid, name)
 
@@ -109,14 +106,26 @@ class Machine:
 
     def start(self, command: Sequence[str], environment: Mapping[str, str]) -> Process:
         """Start a command whose output goes to a file."""
-        path = self.network.folder / f"log-{len(self.network.logs)}"
         words = _enter(self.first, NAMESPACES, command) if self.holder else command
-        with path.open("wb") as log:
+        with self._open_log() as log:
             process = subprocess.Popen(
                 words, env=dict(environment), stdin=subprocess.DEVNULL, stdout=log, stderr=log, start_new_session=True
             )
+        return self._add_process(process, log.name)
+
+    def start_fork(self, module: str, words: Sequence[str], environment: Mapping[str, str]) -> Process:
+        """Start `python -m MODULE WORDS...` as a fork, so that neither it nor the workers of its Ray import modules."""
+        with self._open_log() as log:
+            namespaces = self.first if self.holder else None
+            process = ForkedCommand(module, words, environment, log.fileno(), namespaces)
+        return self._add_process(process, log.name)
+
+    def _open_log(self) -> BinaryIO:
+        return (self.network.folder / f"log-{len(self.network.logs)}").open("wb")
+
+    def _add_process(self, process: Process, log: str) -> Process:
         self.processes.append(process)
-        self.network.logs[process] = path
+        self.network.logs[process] = Path(log)
         return process
 
     def list_processes(self) -> list[psutil.Process]:
@@ -151,7 +160,7 @@ class Network:
 
     def __init__(self, folder: Path, has_namespaces: bool) -> None:
         self.folder, self.machines, self.logs = folder, list[Machine](), dict[Process, Path]()
-        self.holder: Process | None = None
+        self.holder: subprocess.Popen[bytes] | None = None
         self.gateway = "127.0.0.1"
         (folder / "scratch").mkdir()
         if has_namespaces:
@@ -246,7 +255,9 @@ class Cluster:
         self._start_ray(self.nodes[-1], f"--address={self.address}", "--num-cpus=1")
 
     def _start_ray(self, machine: Machine, *options: str) -> Process:
-        process = machine.start([*RAY, "start", "--block", "--disable-usage-stats", *options], self.environment)
+        process = machine.start_fork(
+            "ray.scripts.scripts", ["start", "--block", "--disable-usage-stats", *options], self.environment
+        )
 
         def has_started() -> bool:
             assert process.poll() is None, self.network.read_log(process)
@@ -264,7 +275,7 @@ class Cluster:
         return self._start_redux(self.head_machine, words, {})
 
     def _start_redux(self, machine: Machine, words: Sequence[str], environment: Mapping[str, str]) -> Process:
-        return machine.start([sys.executable, "-m", "jobs.command", *words], {**self.environment, **environment})
+        return machine.start_fork("jobs.command", words, {**self.environment, **environment})
 
 
 def find_free_port() -> int:

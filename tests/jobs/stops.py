@@ -16,7 +16,7 @@ from typing import Literal
 
 import psutil
 
-from tests.worker_forks import WITH_FORKS
+from tests.forks import WITH_FORKS
 
 MARK = "REDUX_TEST_COMMAND"
 """Environment variable of a command and of all its descendants."""

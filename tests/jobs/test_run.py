@@ -5,8 +5,6 @@ import os
 import re
 import shutil
 import signal
-import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
@@ -17,8 +15,8 @@ from jobs import run as run_module
 from pipelines.evaluation import tasks
 from pipelines.training import ledger, metrics
 from pipelines.training.files import PROGRESS_FILE
+from tests.forks import ForkedCommand
 from tests.jobs.command_line import CommandResult, run_command
-from tests.worker_forks import WITH_FORKS
 
 pytestmark = pytest.mark.integration
 
@@ -94,14 +92,13 @@ def finished(job: Path, ray_cluster: Any) -> tuple[Path, str]:
     assert refused.code == 2, refused.err
     assert not (job.parent / "whole" / "tiny" / "shards").exists()
     address = ray_cluster.get_runtime_context().gcs_address
-    done = subprocess.run(
-        [sys.executable, "-m", "jobs.command", *words],
-        env={**os.environ, "RAY_ADDRESS": address},
-        text=True,
-        capture_output=True,
-    )
-    assert done.returncode == 0, done.stderr
-    return job.parent / "whole" / "tiny", done.stdout + done.stderr
+    with (job.parent / "output").open("w+") as output:
+        command = ForkedCommand("jobs.command", words, {**os.environ, "RAY_ADDRESS": address}, output.fileno())
+        code = command.wait()
+        output.seek(0)
+        printed = output.read()
+    assert code == 0, printed
+    return job.parent / "whole" / "tiny", printed
 
 
 def list_words(job: Path, runs: str) -> list[str]:
@@ -243,13 +240,15 @@ def test_another_job_under_the_same_name_is_refused(finished: tuple[Path, str], 
 def test_a_run_that_is_killed_and_then_stopped_resumes_to_the_same_end(finished: tuple[Path, str], job: Path) -> None:
     """First SIGKILL of the driver; then SIGTERM to its group, as of `timeout`, which makes a checkpoint in its grace.
 
-    Each leaves no process. The last start is in this process. The evaluation is left out: the model is the same. So are
-    the shards, which are those of the other run.
+    Each leaves no process. After SIGKILL, Ray's agents end only when they have noticed the end of the others. The last
+    start is in this process. The evaluation is left out: the model is the same. So are the shards, which are those of
+    the other run.
     """
     run, words = job.parent / "cut" / "tiny", [*list_words(job, "cut"), "evaluate=null"]
     copy_shards(finished[0], run)
-    assert start_and_stop(words, after=10, by=signal.SIGKILL) == -signal.SIGKILL
-    assert start_and_stop(words, after=30, by=signal.SIGTERM) == 130
+    code, agents = start_and_stop(words, after=10, by=signal.SIGKILL)
+    assert code == -signal.SIGKILL
+    assert start_and_stop(words, after=30, by=signal.SIGTERM) == (130, [])
     before = ledger.read_ledger(run).account
     assert 0 < before.lost_steps <= 2 * 7 - 1, "one interval, and the steps during the upload of a checkpoint"
     last = metrics.read_last_step(run, "instruct")
@@ -263,6 +262,8 @@ def test_a_run_that_is_killed_and_then_stopped_resumes_to_the_same_end(finished:
     assert (run / "consumed.jsonl").read_text() == (undisturbed / "consumed.jsonl").read_text()
     model = Path("checkpoints", "instruct", "model", "model.safetensors")
     assert (run / model).read_bytes() == (undisturbed / model).read_bytes()
+    _, alive = psutil.wait_procs(agents, timeout=120)
+    assert not alive
 
 
 def copy_shards(source: Path, run: Path) -> None:
@@ -274,31 +275,26 @@ def copy_shards(source: Path, run: Path) -> None:
     (run / PROGRESS_FILE).write_text(first)
 
 
-def start_and_stop(words: list[str], after: int, by: signal.Signals) -> int:
-    """Exit code of a run that gets a signal after a step of the last stage; its processes end with it."""
-    # bars as on a terminal; and Ray's agents end 5 s after the others, by default after a minute
-    environment = {**ENVIRONMENT, "TQDM_MININTERVAL": "0.1", "RAY_gcs_rpc_server_reconnect_timeout_s": "5"}
-    process = subprocess.Popen(
-        [*WITH_FORKS, "jobs.command", *words], env=environment, stderr=subprocess.PIPE, start_new_session=True
-    )
-    assert process.stderr
+def start_and_stop(words: list[str], after: int, by: signal.Signals) -> tuple[int, list[psutil.Process]]:
+    """Send a signal to a run after a step of the last stage. Return its exit code, and the processes that it leaves."""
+    reader, writer = os.pipe()
+    command = ForkedCommand("jobs.command", words, ENVIRONMENT, writer)
+    os.close(writer)
     output = b""
     while not any(int(step) >= after for step in re.findall(rb"instruct:[^\r]*\| (\d+)/60 ", output)):
-        part = os.read(process.stderr.fileno(), 4096)
+        part = os.read(reader, 4096)
         assert part, f"ended too early:\n{output.decode()}"
         output += part
-    children = psutil.Process(process.pid).children(recursive=True)
+    children = psutil.Process(command.pid).children(recursive=True)
     assert children
     if by == signal.SIGKILL:
-        process.kill()
+        command.kill()
     else:
-        os.killpg(process.pid, by)
-    code = process.wait(timeout=60)
-    # a killed command cannot end Ray's agents; they notice the end of the other processes themselves
-    _, alive = psutil.wait_procs(children, timeout=120 if by == signal.SIGKILL else 0)
-    assert not alive
-    process.stderr.close()
-    return code
+        os.killpg(command.pid, by)
+    code = command.wait(60)
+    os.close(reader)
+    _, alive = psutil.wait_procs(children, timeout=0)
+    return code, alive
 
 
 def test_a_model_in_a_folder_is_only_evaluated(finished: tuple[Path, str], tmp_path: Path) -> None:

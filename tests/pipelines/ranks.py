@@ -1,18 +1,14 @@
 """Training without Ray: DeepSpeed ranks in separate processes that read their micro-batches themselves.
 
-A fork server imports torch, transformers and DeepSpeed once for each test process. Ranks are forks of it, so they start
-in milliseconds instead of seconds of CPU.
+Ranks are forks of the fork server of tests/forks.py.
 """
 
 import gc
-import multiprocessing
 import os
 import traceback
 from collections.abc import Callable, Iterator, Sequence
-from multiprocessing import forkserver
 from pathlib import Path
 from typing import Any
-from unittest.mock import patch
 
 import torch
 import torch.distributed as dist
@@ -24,26 +20,16 @@ from pipelines.training.engine import build_engine
 from pipelines.training.hooks import CheckpointHook, Hook, StepResult
 from pipelines.training.metrics import MetricsWriter
 from pipelines.training.plan import StagePlan
-
-PRELOADED_MODULES = ["pytest", "deepspeed", "torch._dynamo", "tests.pipelines.ranks"]
-"""Modules that the fork server imports. DeepSpeed and torch would import the second and third in every rank."""
+from tests import forks
 
 
 def run_on_ranks(folder: Path, workers: int, work: Callable[..., Any], *args: Any) -> list[Any]:
     """Call `work(*args)` on so many ranks and return its results, by rank."""
-    context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(PRELOADED_MODULES)
-    # DeepSpeed reads the variable when it is imported.
-    with patch.dict(os.environ, DS_ACCELERATOR="cpu"):
-        forkserver.ensure_running()
     store = folder / f"store-{len(list(folder.glob('store-*')))}"
     results = [Path(f"{store}-{rank}.pt") for rank in range(workers)]
     processes = [
-        context.Process(target=_run_rank, args=(rank, workers, store, results[rank], work, args))
-        for rank in range(workers)
+        forks.start_fork(_run_rank, rank, workers, store, results[rank], work, args) for rank in range(workers)
     ]
-    for process in processes:
-        process.start()
     for process in processes:
         process.join()
     values = []

@@ -30,8 +30,8 @@ import pytest
 
 from jobs.cluster import package, submit
 from redux.extras import write_install_command
+from tests.forks import ForkedCommand
 from tests.jobs.command_line import CommandResult, run_command
-from tests.worker_forks import WITH_FORKS
 
 pytestmark = pytest.mark.integration
 
@@ -133,19 +133,17 @@ def head() -> Iterator[Head]:
         "HOME": str(folder),  # the default of --runs-dir
         "DS_ACCELERATOR": "cpu",
         "TQDM_MININTERVAL": "0.1",  # bars as on a terminal
-        "RAY_GRACEFUL_SHUTDOWN_DRAIN_TIMEOUT_S": "1",  # nothing is left to wait for
     }
     for name in ("RAY_ADDRESS", "RAY_API_SERVER_ADDRESS", "RAY_AUTH_TOKEN"):
         environment.pop(name, None)
-    process = subprocess.Popen(
-        [
-            *(*WITH_FORKS, "ray.scripts.scripts", "start", "--head", "--block", "--disable-usage-stats"),
-            *("--node-ip-address=127.0.0.1", "--dashboard-host=127.0.0.1", "--port=0", f"--dashboard-port={dashboard}"),
-            *(f"--dashboard-agent-listen-port={agent}", f"--ray-client-server-port={client}"),
-            *("--num-cpus=2", "--num-gpus=0", f"--temp-dir={folder}/ray"),
-        ],
-        env=environment, start_new_session=True, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL,
-    )  # fmt: skip
+    options = [
+        *("start", "--head", "--block", "--disable-usage-stats"),
+        *("--node-ip-address=127.0.0.1", "--dashboard-host=127.0.0.1", "--port=0", f"--dashboard-port={dashboard}"),
+        *(f"--dashboard-agent-listen-port={agent}", f"--ray-client-server-port={client}"),
+        *("--num-cpus=2", "--num-gpus=0", f"--temp-dir={folder}/ray"),
+    ]
+    with (folder / "output").open("wb") as output:
+        process = ForkedCommand("ray.scripts.scripts", options, environment, output.fileno())
     try:
         _wait_for_dashboard(dashboard, process)
         yield Head(f"http://127.0.0.1:{dashboard}", environment)
@@ -154,7 +152,7 @@ def head() -> Iterator[Head]:
         shutil.rmtree(folder, ignore_errors=True)
 
 
-def _wait_for_dashboard(port: int, process: "subprocess.Popen[bytes]") -> None:
+def _wait_for_dashboard(port: int, process: ForkedCommand) -> None:
     import requests
     import tenacity
 
@@ -164,7 +162,7 @@ def _wait_for_dashboard(port: int, process: "subprocess.Popen[bytes]") -> None:
             requests.get(f"http://127.0.0.1:{port}/api/gcs_healthz", timeout=5).raise_for_status()
 
 
-def _end(process: "subprocess.Popen[bytes]") -> None:
+def _end(process: ForkedCommand) -> None:
     """End Ray's processes and their descendants."""
     with contextlib.suppress(psutil.NoSuchProcess):
         processes = [psutil.Process(process.pid), *psutil.Process(process.pid).children(recursive=True)]
