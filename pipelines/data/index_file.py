@@ -30,6 +30,7 @@ from jaxtyping import Int64, Shaped
 from pyarrow import ipc
 
 from pipelines.core import storage
+from redux.rounding import divide_up
 
 INDEX_FILE = "index.arrow"
 
@@ -275,7 +276,7 @@ class IndexFile:
         self._fingerprint = str(about["fingerprint"])
         self._rows_per_block, self._length = max(int(about["rows_per_block"]), 1), int(self.shard_sizes.sum())
         self._positions = _parse_positions(footer)
-        if {len(self._positions), parsed.num_record_batches} != {-(-self._length // self._rows_per_block)}:
+        if {len(self._positions), parsed.num_record_batches} != {divide_up(self._length, self._rows_per_block)}:
             raise ValueError(f"{len(self._positions)} blocks, which are not those of {self._length} samples")
         if len(self.shard_names) != len(self.shard_sizes) or (self.shard_sizes < 0).any():
             raise ValueError(f"{len(self.shard_names)} names and {len(self.shard_sizes)} sizes of shards")

@@ -48,6 +48,7 @@ from redux.conversation import (
     split_system,
 )
 from redux.image import load_pixels
+from redux.rounding import divide_up
 from redux.settings import ImageAspectRatio, ImageBackend
 
 if TYPE_CHECKING:
@@ -398,7 +399,7 @@ class BlockLayout(NamedTuple):
         after_first = max(self.stop - self.start - self.workers, 0)
         # each worker has a block in each round
         first_round = int(self.stop > self.start)
-        later_rounds = -(-after_first // (self.size * self.workers))
+        later_rounds = divide_up(after_first, self.size * self.workers)
         return (first_round + later_rounds) * self.workers
 
     def describe_block(self, number: int) -> dict[str, int]:

@@ -33,6 +33,7 @@ from jaxtyping import Int
 
 from pipelines.data.grouping import LengthGroups
 from pipelines.data.permutation import permute, permute_windows
+from redux.rounding import divide_up
 
 Shuffle = Literal["global", "window", "none"]
 
@@ -103,7 +104,7 @@ class Order:
 
         An epoch has as many samples as all sets together, whatever their weights.
         """
-        return -(-self._count_samples(epochs) // self.global_batch_size)
+        return divide_up(self._count_samples(epochs), self.global_batch_size)
 
     def count_real_samples(self, number: int, epochs: float) -> int:
         """Count the samples at the start of global batch `number` that are within a number of epochs."""

@@ -20,6 +20,7 @@ from annotated_types import Ge
 from jaxtyping import Int
 
 from redux.conversation import IGNORE_INDEX
+from redux.rounding import divide_up
 
 BYTES_PER_TOKEN = 4
 """Estimated bytes of a stored record per token of its text. A wrong estimate only makes micro-batches less equal."""
@@ -72,7 +73,7 @@ def lay_rows(lengths: Sequence[int], max_length: int) -> list[list[int]]:
     if not others:
         return alone
     # the smallest number of rows that are all short enough; with one row per item they are
-    count = max(-(-sum(lengths[index] for index in others) // max_length), 1)
+    count = max(divide_up(sum(lengths[index] for index in others), max_length), 1)
     fewest = _balance(lengths, others, count)
     while _measure_longest(lengths, fewest) > max_length:
         count += 1
