@@ -7,13 +7,13 @@ import ray
 
 from pipelines.core import interrupts
 
-Item = TypeVar("Item")
-Result = TypeVar("Result")
+MappedItem = TypeVar("MappedItem")
+MappedResult = TypeVar("MappedResult")
 
 POLL_SECONDS = 0.5
 
 
-def map_bounded(task: Callable[..., Result], items: Iterable[Item], *args: Any) -> Iterator[Result]:
+def map_bounded(task: Callable[..., MappedResult], items: Iterable[MappedItem], *args: Any) -> Iterator[MappedResult]:
     """Run `task(item, *args)` in a Ray task per item, and yield results as they come.
 
     At most one item per CPU of the cluster and one more are in progress, so that `items` may be a generator of any

@@ -65,7 +65,7 @@ from pipelines.core.storage_errors import (
 ByteRange = tuple[str, int, int]
 """URL, first byte, byte after the last."""
 
-T = TypeVar("T")
+RequestResult = TypeVar("RequestResult")
 
 MAX_CONCURRENT_REQUESTS = 64
 """Requests of one call that run at the same time."""
@@ -438,7 +438,9 @@ def _get_info(files: Any, path: str, seconds: float) -> dict[str, Any]:
     return info
 
 
-def _run_with_retries(url: str, work: Callable[[Any, str, float], T], deadline: float | None = None) -> T:
+def _run_with_retries(
+    url: str, work: Callable[[Any, str, float], RequestResult], deadline: float | None = None
+) -> RequestResult:
     """Run `work(filesystem, path, seconds_left)`, and retry it after transient errors.
 
     A local path is tried once, because the kernel retries before it reports an error.
@@ -457,7 +459,7 @@ def _run_with_retries(url: str, work: Callable[[Any, str, float], T], deadline: 
     start = time.monotonic()
     deadline = start + retry.deadline_s if deadline is None else deadline
 
-    def attempt() -> T:
+    def attempt() -> RequestResult:
         files, path = _open_filesystem(url)
         try:
             return work(files, path, max(deadline - time.monotonic(), 1e-3))  # 0 would mean no limit

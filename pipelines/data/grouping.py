@@ -99,7 +99,7 @@ class LengthGroups:
         stop = min((megabatch + 1) * self.megabatch, int(pure[modality]))
         ranks = np.arange(megabatch * self.megabatch * global_batch_size, stop * global_batch_size)
         # sort the megabatch, and cut the batch out of it
-        samples = self._take(modality, ranks, seed, epoch)
+        samples = self._take_ranks(modality, ranks, seed, epoch)
         by_length = samples[np.argsort(self.lengths(samples), kind="stable")]
         return by_length[index * global_batch_size : (index + 1) * global_batch_size]
 
@@ -118,10 +118,10 @@ class LengthGroups:
         result = np.empty_like(positions)
         for modality in np.unique(modalities):
             in_modality = modalities == modality
-            result[in_modality] = self._take(int(modality), ranks[in_modality], seed, epoch)
+            result[in_modality] = self._take_ranks(int(modality), ranks[in_modality], seed, epoch)
         return result
 
-    def _take(
+    def _take_ranks(
         self, modality: int, ranks: Int[np.ndarray, " ranks"], seed: int, epoch: int
     ) -> Int[np.ndarray, " ranks"]:
         """Return the samples at ranks of the modality's permutation."""

@@ -130,7 +130,7 @@ class Order:
         relative = np.concatenate([(np.arange(count) + 0.5) / max(count, 1) for count in counts])
         spread = np.argsort(relative, kind="stable")
         samples = [
-            self._take(set_index, start, count)
+            self._take_from_stream(set_index, start, count)
             for set_index, (start, count) in enumerate(zip(starts, counts, strict=True))
         ]
         return set_index[spread], np.concatenate(samples)[spread]
@@ -141,7 +141,7 @@ class Order:
             raise ValueError(f"epochs: got {epochs}, allowed: above 0")
         return max(round(epochs * sum(self.samples)), 1)
 
-    def _take(self, set_index: int, start: int, count: int) -> Int[np.ndarray, " count"]:
+    def _take_from_stream(self, set_index: int, start: int, count: int) -> Int[np.ndarray, " count"]:
         """Return the samples at positions start..start+count-1 of the set's stream."""
         epochs, positions = np.divmod(start + np.arange(count, dtype=np.int64), self.samples[set_index])
         result = np.empty_like(positions)

@@ -165,10 +165,6 @@ class Shards:
         options = summary["settings"] if summary else {}
         return (options["image_size"], options["image_aspect_ratio"]) if options.get("image_size") else None
 
-    def get_key(self, number: int) -> str:
-        """Return the sample's name in its tar."""
-        return self.read_rows([number])[0]["key"]
-
     def read_rows(self, numbers: Iterable[int]) -> list[dict[str, Any]]:
         """Read rows of the index, with the columns of INDEX_SCHEMA.
 

@@ -32,7 +32,7 @@ from pipelines.core.failures import Failure
 from pipelines.training.files import JOB_FILE, MANIFEST
 from pipelines.training.fragments import Fragment
 
-T = TypeVar("T")
+BroadcastValue = TypeVar("BroadcastValue")
 
 MAX_FILE_BYTES = 512 * 2**20
 """Largest size of a file of several pieces. A larger piece has a file of its own."""
@@ -487,7 +487,7 @@ def _load_on_all_ranks(saved: SavedCheckpoint, fragments: Sequence[Fragment]) ->
     return states, next(filter(None, errors), "")
 
 
-def broadcast_from_rank_0(compute: Callable[[], T]) -> T:
+def broadcast_from_rank_0(compute: Callable[[], BroadcastValue]) -> BroadcastValue:
     """Call a function on rank 0 alone, and return its result on all ranks. A collective."""
     values: list[Any] = [compute() if dist.get_rank() == 0 else None]
     dist.broadcast_object_list(values, src=0)
