@@ -148,7 +148,7 @@ def _describe_refusal(folder: str, report: IndexReport, max_bad_fraction: float)
     if not rejected:
         return f"{folder}: no samples in {report.tars} tars, allowed: at least one"
     counts = ", ".join(f"{count} {reason}" for reason, count in rejected.items())
-    first = report.rejections.first
+    rejection = report.rejections.first_entry
     # advice for the two usual mistakes: members that do not stand together, and records of another form
     reasons, advice = set(rejected), ""
     if "split sample" in reasons or ("no record" in reasons and reasons & {"tag without image", "missing image"}):
@@ -161,7 +161,7 @@ def _describe_refusal(folder: str, report: IndexReport, max_bad_fraction: float)
             "; KEY.json must hold LLaVA's record with conversations: `redux shards make --source` reads tars with "
             "captions or other conversations"
         )
-    example = f"{tars.escape_unprintable(first['key'])} of {first['shard']}: {first['explanation']}"
+    example = f"{tars.escape_unprintable(rejection['key'])} of {rejection['shard']}: {rejection['explanation']}"
     return (
         f"{folder}: {rejected.total()} of {report.samples + rejected.total()} samples cannot be used ({counts}; first "
         f"{example}), allowed: {max_bad_fraction:.2%}{advice}; {storage.join(folder, QUARANTINE_FILE)} lists them"
@@ -198,7 +198,7 @@ def verify_set(folder: str, decode: bool = False) -> list[str]:
     for name in storage.list_files(folder):
         if _is_tar(name) and name not in rows:
             rows[name] = (0, 0)
-    items = [{"tar": name, "first": first, "rows": count} for name, (first, count) in rows.items()]
+    items = [{"tar": name, "start": start, "rows": count} for name, (start, count) in rows.items()]
     for row in _map_tars(items, _verify_tar, "verify", shards, decode):
         errors += row["errors"]
     return errors
@@ -265,7 +265,7 @@ def _verify_tar(item: dict[str, Any], shards: Shards, decode: bool) -> dict[str,
         data = storage.map_file(tar)
     except ValueError as error:
         return {"errors": [str(error)]}
-    rows = shards.read_rows(range(item["first"], item["first"] + item["rows"]))
+    rows = shards.read_rows(range(item["start"], item["start"] + item["rows"]))
     is_damaged = False
     for row in rows:
         part = data[row["offset"] : row["offset"] + row["length"]]

@@ -139,12 +139,12 @@ def verify_coverage(
 class _StageProgress:
     """Progress of the check through a stage.
 
-    seen: one byte per sample, 1 if the current epoch has used it. held_out: samples that must not be used. batch_size:
-    size of the stage's global batches. repeated: samples that the current epoch has used again.
+    use_flags: one byte per sample, 1 if the current epoch has used it. held_out: samples that must not be used.
+    batch_size: size of the stage's global batches. repeated: samples that the current epoch has used again.
     """
 
     coverage: Coverage
-    seen: bytearray
+    use_flags: bytearray
     held_out: frozenset[int]
     batch_size: int = 0
     repeated: list[int] = field(default_factory=list)
@@ -167,23 +167,23 @@ class _StageProgress:
             if entry["set"] == name:
                 used = entry["used"]
                 index = entry["index"]
-                if numbers[index : index + 1] != [used] or not 0 <= used < len(self.seen):
+                if numbers[index : index + 1] != [used] or not 0 <= used < len(self.use_flags):
                     yield f"step {number}: sample {used} is listed as a replacement, but was not used there"
                     continue
                 numbers[index] = entry["scheduled"]
                 coverage.replaced += 1
         # mark the samples; an epoch may end in the middle of a step
-        outside = [sample for sample in numbers if not 0 <= sample < len(self.seen)]
+        outside = [sample for sample in numbers if not 0 <= sample < len(self.use_flags)]
         if outside:
-            yield f"step {number}: samples {_format_samples(outside)}, allowed: 0 to {len(self.seen) - 1}"
+            yield f"step {number}: samples {_format_samples(outside)}, allowed: 0 to {len(self.use_flags) - 1}"
         for sample in numbers:
             if sample not in outside:
-                if self.seen[sample]:
+                if self.use_flags[sample]:
                     self.repeated.append(sample)
-                self.seen[sample] = 1
+                self.use_flags[sample] = 1
             coverage.samples += 1
             coverage.partial_samples += 1
-            if coverage.partial_samples == len(self.seen) - len(self.held_out):
+            if coverage.partial_samples == len(self.use_flags) - len(self.held_out):
                 yield from self._end_epoch()
 
     def check_repeats(self) -> Iterator[str]:
@@ -194,10 +194,11 @@ class _StageProgress:
 
     def _end_epoch(self) -> Iterator[str]:
         yield from self.check_repeats()
-        missing = [sample for sample, seen in enumerate(self.seen) if not seen and sample not in self.held_out]
+        unused = [sample for sample, is_used in enumerate(self.use_flags) if not is_used]
+        missing = [sample for sample in unused if sample not in self.held_out]
         if missing:
             yield f"epoch {self.coverage.epochs}: {len(missing)} samples are missing: {_format_samples(missing)}"
-        self.seen, self.repeated = bytearray(len(self.seen)), []
+        self.use_flags, self.repeated = bytearray(len(self.use_flags)), []
         self.coverage.epochs += 1
         self.coverage.partial_samples = 0
 

@@ -77,10 +77,10 @@ class StoredFeatures:
 
     def __init__(self, folder: str, shards: Shards) -> None:
         self.folder, self.shards = folder, shards
-        found = read_format(folder)
-        if found is None:
+        header = read_format(folder)
+        if header is None:
             raise ValueError(f"{folder}: no features here, allowed: a folder of `redux shards features`")
-        self.format, fingerprint, is_finished = found
+        self.format, fingerprint, is_finished = header
         if not is_finished:
             raise ValueError(f"{folder}: features are unfinished, allowed: start `redux shards features` again first")
         # reads the whole index, once per stage
@@ -106,9 +106,9 @@ class StoredFeatures:
         ranges = []
         for number in numbers:
             shard = int(np.searchsorted(stops, number, side="right"))
-            first = int(stops[shard - 1]) if shard else 0
+            start = int(stops[shard - 1]) if shard else 0
             # the position of a record in its file: the images before it in its shard
-            position = int(self._images_before[number] - self._images_before[first])
+            position = int(self._images_before[number] - self._images_before[start])
             ranges.append((storage.join(self.folder, name_file(shard)), position * size, (position + 1) * size))
         result = []
         rows = self.shards.read_rows(numbers)

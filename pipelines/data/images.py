@@ -53,9 +53,9 @@ def check_image(image: bytes) -> str:
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # about metadata, and about sizes that training accepts
-            with Image.open(io.BytesIO(image)) as opened:
-                suffix = SUFFIX_BY_FORMAT.get(opened.format or "", "img")
-                opened.convert("RGB")
+            with Image.open(io.BytesIO(image)) as picture:
+                suffix = SUFFIX_BY_FORMAT.get(picture.format or "", "img")
+                picture.convert("RGB")
     except UnidentifiedImageError:  # its text has an address in memory
         pointer = image.startswith(records.LFS_POINTER.encode())
         raise ValueError(records.LFS_ADVICE if pointer else "no format that Pillow knows") from None

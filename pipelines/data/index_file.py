@@ -188,7 +188,7 @@ def write_blocks(file: Any, table: pa.Table, fingerprint: str = "") -> None:
     columns = [*rows.columns[:column], shard.indices, *rows.columns[column + 1 :]]
     stored = pa.RecordBatch.from_arrays(columns, schema=schema)
     # one block at a time: a list of all would grow with the set
-    blocks = (stored.slice(first, ROWS_PER_BLOCK) for first in range(0, stored.num_rows, ROWS_PER_BLOCK))
+    blocks = (stored.slice(start, ROWS_PER_BLOCK) for start in range(0, stored.num_rows, ROWS_PER_BLOCK))
     _write_file(file, blocks, schema, {BLOCK_MARK: fingerprint[:MARK_LENGTH]})
 
 
@@ -416,8 +416,8 @@ class IndexFile:
         if self._single is not None:
             yield self._single
             return
-        for first in range(0, len(self._positions), SCAN_BLOCKS):
-            yield from self._read_blocks(range(first, min(first + SCAN_BLOCKS, len(self._positions))))
+        for start in range(0, len(self._positions), SCAN_BLOCKS):
+            yield from self._read_blocks(range(start, min(start + SCAN_BLOCKS, len(self._positions))))
 
     def _read_blocks(self, numbers: Sequence[int]) -> list[pa.RecordBatch]:
         """Read and check blocks."""

@@ -403,7 +403,7 @@ class BlockLayout(NamedTuple):
         return (first_round + later_rounds) * self.workers
 
     def describe_block(self, number: int) -> dict[str, int]:
-        """Describe a block: it has every `workers`-th micro-batch from `first` to `end` - 1."""
+        """Describe a block: it has every `workers`-th micro-batch from `start` to `stop` - 1."""
         round_number, worker = divmod(number, self.workers)
         # blocks of round 0 have one micro-batch, those of later rounds `size`
         if round_number == 0:
@@ -411,7 +411,7 @@ class BlockLayout(NamedTuple):
         else:
             start, size = self.start + (1 + (round_number - 1) * self.size) * self.workers, self.size
         end = start + size * self.workers
-        return {"first": start + worker, "end": min(end, self.stop)}
+        return {"start": start + worker, "stop": min(end, self.stop)}
 
 
 class BlockSequence(Sequence[dict[str, int]]):
@@ -428,8 +428,8 @@ class BlockSequence(Sequence[dict[str, int]]):
         if not 0 <= number < len(self):
             raise IndexError(number)
         segment = int(np.searchsorted(self.ends, number, side="right"))
-        first = int(self.ends[segment - 1]) if segment else 0
-        return {"segment": segment, **self.layouts[segment].describe_block(number - first)}
+        segment_start = int(self.ends[segment - 1]) if segment else 0
+        return {"segment": segment, **self.layouts[segment].describe_block(number - segment_start)}
 
 
 def make_dataset(reader: Reader, start: int, stop: int, workers: int, leaves_cpus: bool = True) -> ray.data.Dataset:
@@ -492,8 +492,8 @@ class _BlockReader:
         self.readers, self.workers = readers, workers
 
     def __call__(self, rows: Batch) -> dict[str, Any]:
-        segment, first, end = (int(rows[name][0]) for name in ("segment", "first", "end"))
-        return self.readers[segment].read_block(range(first, end, self.workers))
+        segment, start, stop = (int(rows[name][0]) for name in ("segment", "start", "stop"))
+        return self.readers[segment].read_block(range(start, stop, self.workers))
 
 
 def read_stream(stream: ray.data.DataIterator, prefetched_blocks: int = 1) -> Iterator[Batch]:

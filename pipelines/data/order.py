@@ -189,12 +189,12 @@ def count_set_samples(weights: list[Fraction], global_batch_size: int, number: i
     periods, number = divmod(number, span)
     counts = [int(fraction * span) for fraction in exact]
     starts = [periods * count for count in counts]
-    # halve the span until it is one batch; it has batches first..first+span-1 of the period
-    first = 0
-    before = [0] * len(weights)  # samples of each set in batches 0..first-1 of the period
+    # halve the span until it is one batch; it has batches start..start+span-1 of the period
+    start = 0
+    before = [0] * len(weights)  # samples of each set in batches 0..start-1 of the period
     while span > 1:
         half = span // 2
-        middle = first + half
+        middle = start + half
         in_half = [count * half // span for count in counts]
         # the samples that rounding leaves over go to the sets with the largest deficit
         deficits = sorted(
@@ -208,7 +208,7 @@ def count_set_samples(weights: list[Fraction], global_batch_size: int, number: i
         if number < middle:
             span, counts = half, in_half
         else:
-            span, first = span - half, middle
-            before = [done + added for done, added in zip(before, in_half, strict=True)]
+            span, start = span - half, middle
+            before = [count + added for count, added in zip(before, in_half, strict=True)]
             counts = [count - added for count, added in zip(counts, in_half, strict=True)]
-    return [start + done for start, done in zip(starts, before, strict=True)], counts
+    return [base + offset for base, offset in zip(starts, before, strict=True)], counts

@@ -65,9 +65,10 @@ def permute_windows(
     mixed = np.empty_like(positions)
     for number in np.unique(windows):
         in_window = windows == number
-        first = borders[number]
-        size = int(borders[number + 1] - first)
-        mixed[in_window] = first + permute(positions[in_window] - first, size, seed, epoch, *stream, 1, int(number))
+        window_start = borders[number]
+        size = int(borders[number + 1] - window_start)
+        in_order = positions[in_window] - window_start
+        mixed[in_window] = window_start + permute(in_order, size, seed, epoch, *stream, 1, int(number))
     # from the order of the shards back to sample numbers
     shard = np.searchsorted(ends, mixed, side="right")
     stored_starts = np.concatenate([[0], np.cumsum(shards, dtype=np.int64)])

@@ -78,8 +78,8 @@ def draw_samples(
     shards = reader.sources[source]
     positions = draw_positions(reader.order, list(reader.sources).index(source), count, seed, batches)
     with ThreadPoolExecutor(threads) as executor:
-        for first in range(0, len(positions), BLOCK_SAMPLES):
-            block = positions[first : first + BLOCK_SAMPLES]
+        for start in range(0, len(positions), BLOCK_SAMPLES):
+            block = positions[start : start + BLOCK_SAMPLES]
             stored = read_stored(shards, [position.sample for position in block])
             prepared = executor.map(
                 lambda position, stored_or_error: _prepare(reader, shards, position, stored_or_error), block, stored

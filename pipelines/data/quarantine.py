@@ -46,12 +46,12 @@ REASON_ADVICE = {
 class RejectionSummary:
     """Counts and examples of the entries of a quarantine list, which may be longer than memory.
 
-    counts: number of entries of each reason. first: the first entry.
+    counts: number of entries of each reason. first_entry: the first one, or {}.
     """
 
     def __init__(self, entries: Iterable[dict[str, Any]] = ()) -> None:
         self.counts = Counter[str]()
-        self.first: dict[str, Any] = {}
+        self.first_entry: dict[str, Any] = {}
         self._examples: dict[str, list[dict[str, Any]]] = {}
         self._repairs: dict[str, tuple[int, str]] = {}  # number of repairable entries, and the repair of the first
         for entry in entries:
@@ -61,14 +61,14 @@ class RejectionSummary:
         """Count an entry."""
         # entries of make have a number, those of index a key and a tar
         reason = entry["reason"]
-        self.first = self.first or entry
+        self.first_entry = self.first_entry or entry
         self.counts[reason] += 1
         if self.counts[reason] <= MAX_SHOWN_RECORDS:
             self._examples.setdefault(reason, []).append(entry)
         # entries know their repair even if --fix was not given
         if repair := entry.get("repair"):
-            count, first = self._repairs.get(reason, (0, repair))
-            self._repairs[reason] = (count + 1, first)
+            count, description = self._repairs.get(reason, (0, repair))
+            self._repairs[reason] = (count + 1, description)
 
     def explain(self) -> list[str]:
         """Explain the entries in lines, the most frequent reason first."""
@@ -123,5 +123,5 @@ def _describe_example(entry: dict[str, Any]) -> str:
     explanation = str(entry.get("explanation", ""))
     detail = explanation.removeprefix(f"{reason}: ") if reason and explanation.startswith(f"{reason}: ") else ""
     # an empty text is a value, too
-    shown = f"{name}: {field + ': ' if field else ''}got {value or repr('')}" if value or field else name
-    return f"{shown}: {detail}" if detail else shown
+    example = f"{name}: {field + ': ' if field else ''}got {value or repr('')}" if value or field else name
+    return f"{example}: {detail}" if detail else example

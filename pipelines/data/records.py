@@ -120,11 +120,11 @@ def _find_form_rejection(record: Any) -> RecordRejection | None:
     if has_image(record) and not isinstance(record["image"], str):
         return RecordRejection("unsupported image", "image", shorten(record["image"]))
     # order of the turns
-    first = count_system_turns(turns)
-    for number, turn in enumerate(turns[first:]):
+    num_system = count_system_turns(turns)
+    for number, turn in enumerate(turns[num_system:]):
         if turn["from"] != ("human", "gpt")[number % 2]:
-            return RecordRejection("turn order", f"conversations[{first + number}].from", shorten(turn["from"]))
-    if len(turns) == first or (len(turns) - first) % 2:
+            return RecordRejection("turn order", f"conversations[{num_system + number}].from", shorten(turn["from"]))
+    if len(turns) == num_system or (len(turns) - num_system) % 2:
         return RecordRejection("turn order", "conversations", f"{len(turns)} turns")
     return None
 
@@ -132,10 +132,10 @@ def _find_form_rejection(record: Any) -> RecordRejection | None:
 def _find_content_rejection(record: dict, max_words: int | None) -> RecordRejection | None:
     """Find the first turn that cannot be trained on."""
     turns = record["conversations"]
-    first = count_system_turns(turns)
+    num_system = count_system_turns(turns)
     tagged = []  # names of the turns with <image>, once per tag
-    for number, turn in enumerate(turns, start=-first):
-        text, name = turn["value"], f"conversations[{first + number}].value"
+    for number, turn in enumerate(turns, start=-num_system):
+        text, name = turn["value"], f"conversations[{num_system + number}].value"
         if not is_unicode(text):
             return RecordRejection("broken text", name, shorten(text))
         if text.startswith(LFS_POINTER):
@@ -150,7 +150,8 @@ def _find_content_rejection(record: dict, max_words: int | None) -> RecordReject
             return RecordRejection("empty turn", name, shorten(text))
     # image and tags must agree
     if has_image(record) and not tagged:
-        return RecordRejection("image without tag", f"conversations[{first}].value", shorten(turns[first]["value"]))
+        question = turns[num_system]["value"]
+        return RecordRejection("image without tag", f"conversations[{num_system}].value", shorten(question))
     if tagged and not has_image(record):
         return RecordRejection("tag without image", "image", shorten(record["image"]) if "image" in record else MISSING)
     if len(tagged) > 1:

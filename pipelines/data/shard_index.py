@@ -113,11 +113,11 @@ class Shards:
             start, stop: rows of the index; None for the last one.
         """
         stop = len(self) if stop is None else min(stop, len(self))
-        for first in range(start, stop, 64):
+        for block_start in range(start, stop, 64):
             ranges = []
-            for row in self.read_rows(range(first, min(first + 64, stop))):
-                start = row["offset"] + row["record_at"]
-                ranges.append((storage.join(self.folder, row["shard"]), start, start + row["record_size"]))
+            for row in self.read_rows(range(block_start, min(block_start + 64, stop))):
+                url, record_start = storage.join(self.folder, row["shard"]), row["offset"] + row["record_at"]
+                ranges.append((url, record_start, record_start + row["record_size"]))
             with contextlib.suppress(ValueError):
                 yield from map(json.loads, storage.read_ranges(ranges))
 
@@ -185,10 +185,10 @@ class Shards:
     @property
     def _index(self) -> IndexFile:
         """The index file. ValueError if it was replaced by one of another length."""
-        opened = _open_index(self.folder, self._cache_key)
-        if len(opened) != len(self):
-            raise ValueError(f"{self.folder}: {INDEX_FILE} has {len(opened)} samples now, it had {len(self)}")
-        return opened
+        index = _open_index(self.folder, self._cache_key)
+        if len(index) != len(self):
+            raise ValueError(f"{self.folder}: {INDEX_FILE} has {len(index)} samples now, it had {len(self)}")
+        return index
 
 
 @functools.lru_cache(maxsize=64)  # a mixture has fewer sets

@@ -469,7 +469,7 @@ def _describe_refusal(rejections: RejectionSummary, num_records: int, options: S
     num_rejected = rejections.counts.total()
     counts = ", ".join(f"{count} {reason}" for reason, count in sorted(rejections.counts.items()))
     # parts of older versions lack some fields
-    entry = {"field": "", "value": "", "explanation": rejections.first["reason"], **rejections.first}
+    entry = {"field": "", "value": "", "explanation": rejections.first_entry["reason"], **rejections.first_entry}
     example = (
         f"record {entry['number']}: {entry['field'] or 'the record'}: got {entry['value']}: {entry['explanation']}"
     )

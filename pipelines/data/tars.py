@@ -131,7 +131,7 @@ class Tar:
     members: int = 0
 
     @property
-    def kept(self) -> list[TarSample]:
+    def good_samples(self) -> list[TarSample]:
         """Samples that are not rejected."""
         return [sample for sample in self.samples if not sample.rejection_reason]
 
@@ -143,7 +143,7 @@ class Tar:
     @property
     def ignored(self) -> Counter[str]:
         """Number of members that nothing reads, by suffix or kind."""
-        unread = (member for sample in self.kept for member in sample.members if member not in sample.used)
+        unread = (member for sample in self.good_samples for member in sample.members if member not in sample.used)
         return Counter(member.suffix for member in unread) + self.outside
 
     @property
@@ -200,7 +200,7 @@ def make_index_rows(tar: Tar, data: BytesLike, name: str) -> list[dict[str, Any]
             "image_size": sample.image.size if sample.image else 0,
             "words": sample.words,
         }
-        for sample in tar.kept
+        for sample in tar.good_samples
     ]
 
 

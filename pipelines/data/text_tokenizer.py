@@ -53,8 +53,8 @@ class TextTokenizer:
 
     def convert_tokens_to_ids(self, token: str) -> int | None:
         """Return the id of a token; that of the unknown token if there is no such token."""
-        found = self.backend.token_to_id(token)
-        return self.unk_token_id if found is None else found
+        token_id = self.backend.token_to_id(token)
+        return self.unk_token_id if token_id is None else token_id
 
 
 def load_text_tokenizer(folder: Path) -> TextTokenizer | None:

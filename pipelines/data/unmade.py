@@ -41,13 +41,13 @@ class UnmadeShards(Shards):
         self._records: list[dict[str, Any]] = []
         self._embedded: dict[int, bytes] = {}  # images that come with their records
         # digests, because whole records of a large file would be in memory twice
-        seen: set[bytes] = set()
+        known_digests: set[bytes] = set()
         embedded_bytes = 0
         for number, source_record in enumerate(map(as_source_record, records)):
             digest = hashlib.sha256(json.dumps(source_record.record, default=str).encode())
             digest.update(source_record.image or b"")
             record, _, _ = admit_record(source_record, options)
-            if record is not None and digest.digest() not in seen:
+            if record is not None and digest.digest() not in known_digests:
                 if source_record.image is not None:
                     self._embedded[len(self._numbers)] = source_record.image
                     embedded_bytes += len(source_record.image)
@@ -58,7 +58,7 @@ class UnmadeShards(Shards):
                         )
                 self._numbers.append(number)
                 self._records.append(record)
-            seen.add(digest.digest())
+            known_digests.add(digest.digest())
 
     def __len__(self) -> int:
         return len(self._records)

@@ -178,7 +178,7 @@ class Upload:
         pool.shutdown(wait=False)
 
     @property
-    def done(self) -> bool:
+    def is_done(self) -> bool:
         """True if the upload has ended, also with an error."""
         return self._future.done()
 
@@ -263,8 +263,8 @@ def prune(folder: str, cursor: int, last: int, best: int) -> None:
         for saved in list_newest_first(folder)
         if isinstance(saved, SavedCheckpoint) and saved.manifest.cursor <= cursor
     ]
-    kept = [*checkpoints[:last], *sorted(checkpoints, key=lambda saved: saved.manifest.loss)[:best]]
-    for step in {*steps} - {format_step_name(saved.manifest.cursor) for saved in kept} - {format_step_name(cursor)}:
+    retained = [*checkpoints[:last], *sorted(checkpoints, key=lambda saved: saved.manifest.loss)[:best]]
+    for step in {*steps} - {format_step_name(saved.manifest.cursor) for saved in retained} - {format_step_name(cursor)}:
         _remove(storage.join(folder, step))
 
 

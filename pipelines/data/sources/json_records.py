@@ -44,10 +44,10 @@ def iterate_json(chunks: Iterable[bytes], name: str, known_columns: frozenset[st
         ValueError: the file has another form or no record.
     """
     text = _TextReader(chunks, name)
-    first = text.peek()
-    if not first:
+    character = text.peek()
+    if not character:
         raise ValueError(f"{name}: an empty file, {ALLOWED_JSON}")
-    if first == "[":
+    if character == "[":
         yield from _iterate_list(text, name)
     else:
         yield from _iterate_lines(text, name, known_columns)
@@ -183,18 +183,18 @@ def _iterate_list(text: _TextReader, name: str) -> Iterator[tuple[str, Any]]:
 def _iterate_lines(text: _TextReader, name: str, known_columns: frozenset[str]) -> Iterator[tuple[str, Any]]:
     lines = _parse_lines(text)
     # one object alone may be a wrapper of the list
-    first = next(lines)
-    second = next(lines, None)
-    if second is None:
-        position, record, problem = first
+    first_line = next(lines)
+    second_line = next(lines, None)
+    if second_line is None:
+        position, record, problem = first_line
         yield position, _check_only_record(record, name, known_columns, problem)
         return
     has_object = False
-    for position, record, _ in itertools.chain([first, second], lines):
+    for position, record, _ in itertools.chain([first_line, second_line], lines):
         has_object |= isinstance(record, dict)
         yield position, _check_depth(record)
     if not has_object:
-        raise ValueError(f"{name}: not JSON: {first[2] or 'no line is an object'}, {ALLOWED_JSON}")
+        raise ValueError(f"{name}: not JSON: {first_line[2] or 'no line is an object'}, {ALLOWED_JSON}")
 
 
 def _parse_lines(text: _TextReader) -> Iterator[tuple[str, Any, str]]:

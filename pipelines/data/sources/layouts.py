@@ -117,10 +117,10 @@ def find_layout(source: str) -> Layout:
     # a file or a folder may have these characters in its own name
     is_pattern = any(mark in name for mark in "*?[") and not storage.exists(source)
     if is_pattern and not (storage.list_files(source) or storage.list_folders(source)):
-        found = fnmatch.filter(list_visible(folder or "."), name)
-        if not found:
+        matches = fnmatch.filter(list_visible(folder or "."), name)
+        if not matches:
             raise ValueError(f"{source}: no file matches, allowed: a pattern of names in {folder or '.'}")
-        return _choose_files(source, folder or ".", found)
+        return _choose_files(source, folder or ".", matches)
     if storage.exists(source):
         return _find_file(source)
     return _find_folder(source.rstrip("/") or "/")
@@ -233,9 +233,9 @@ def _find_llama_factory(url: str, name: str) -> Layout:
     if not name and len(entries) == len(local) == 1:
         name = local[0]
     if name not in entries:
-        shown = ", ".join(local[:20]) or "none with a file_name"
+        names = ", ".join(local[:20]) or "none with a file_name"
         got = f"no entry {name}" if name else f"{len(entries)} entries"
-        raise ValueError(f"{url}: got {got}, allowed: one of {shown}, such as {url}:{local[0] if local else 'NAME'}")
+        raise ValueError(f"{url}: got {got}, allowed: one of {names}, such as {url}:{local[0] if local else 'NAME'}")
     entry, where = entries[name], f"{url}: {name}"
     if not isinstance(entry, dict):
         raise ValueError(f"{where}: got {entry!r}, allowed: an object")
@@ -253,8 +253,8 @@ def _find_llama_factory(url: str, name: str) -> Layout:
         raise ValueError(f"{where}.{min(unread)}: got {entry[min(unread)]!r}, allowed: {sorted(LLAMA_FACTORY_KEYS)}")
     columns = _map_llama_factory(where, entry)
     folder = storage.find_parent(url)
-    found = find_layout(storage.join(folder, str(entry.get("file_name"))))
-    return Layout(found.kind, found.files, folder, columns)
+    file_layout = find_layout(storage.join(folder, str(entry.get("file_name"))))
+    return Layout(file_layout.kind, file_layout.files, folder, columns)
 
 
 def _map_llama_factory(where: str, entry: dict[str, Any]) -> Columns:
@@ -315,8 +315,8 @@ def _find_energon(folder: str) -> Layout:
     names, excluded = _apply_exclusions(_expand_braces(path, parts["train"]), _expand_braces(path, exclude))
     files = tuple(storage.join(folder, name) for name in names)
     columns = _map_energon(storage.join(folder, ENERGON_DIR, "dataset.yaml"), description)
-    keys = {storage.join(folder, name): frozenset(found) for name, found in excluded.items()}
-    return Layout("tar", files, folder, columns, keys)
+    excluded_keys = {storage.join(folder, name): frozenset(keys) for name, keys in excluded.items()}
+    return Layout("tar", files, folder, columns, excluded_keys)
 
 
 def _expand_braces(path: str, names: list[str]) -> list[str]:

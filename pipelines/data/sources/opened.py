@@ -76,10 +76,10 @@ class RecordSource:
         if beginning == LFS_POINTER.encode():
             raise ValueError(f"{url}: {LFS_ADVICE}")
         kind = self.layout.kind
-        for magic, (found, advice) in FILE_MAGIC.items():
+        for magic, (actual_kind, advice) in FILE_MAGIC.items():
             # the reader of tars has its own message for compressed ones
-            if beginning.startswith(magic) and found != kind and kind != "tar":
-                raise ValueError(f"{url}: got {found}, which is read as {kind}, allowed: {advice}")
+            if beginning.startswith(magic) and actual_kind != kind and kind != "tar":
+                raise ValueError(f"{url}: got {actual_kind}, which is read as {kind}, allowed: {advice}")
 
     def _read_rows(self, url: str) -> Iterator[tuple[str, Any]]:
         if self.layout.kind == "parquet":

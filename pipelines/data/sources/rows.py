@@ -240,8 +240,8 @@ class _Conversion:
             is_any = "text" in kinds and "text" not in self.columns
             if is_any and (name := next((name for name in TEXT_COLUMNS if name in self.row), None)):
                 raise RowError(RecordRejection("malformed", name, shorten(self.row[name]), "a caption is text"))
-            wanted = ", ".join(self.columns[kind] for kind in kinds if kind in self.columns)
-            detail = f"no column {wanted}" if wanted else "no column with a conversation, a question or a caption"
+            named_columns = ", ".join(self.columns[kind] for kind in kinds if kind in self.columns)
+            detail = f"no column {named_columns or 'with a conversation, a question or a caption'}"
             raise RowError(RecordRejection("malformed", "", f"columns {shorten(list(self.row))}", detail))
         return turns
 
@@ -430,8 +430,8 @@ def _make_round(question: tuple[str, Any], answer: tuple[str, Any]) -> list[_Tur
 def _put_tag_first(turns: list[dict[str, str]]) -> None:
     """Put `<image>` before the first question, unless a turn has it."""
     if not any(IMAGE_TOKEN in turn["value"] for turn in turns):
-        first = next(turn for turn in turns if turn["from"] == "human")
-        first["value"] = f"{IMAGE_TOKEN}\n{first['value']}" if first["value"] else IMAGE_TOKEN
+        question = next(turn for turn in turns if turn["from"] == "human")
+        question["value"] = f"{IMAGE_TOKEN}\n{question['value']}" if question["value"] else IMAGE_TOKEN
 
 
 def _show(turn: dict[str, Any], name: str) -> str:

@@ -44,7 +44,7 @@ def read_arrow(url: str) -> Iterator[tuple[str, dict[str, Any]]]:
             file = ipc.open_stream(data)
             batches = iter(file)
         _check_names(url, file.schema.names)
-        parts = (batch.slice(first, BATCH_ROWS) for batch in batches for first in range(0, len(batch), BATCH_ROWS))
+        parts = (batch.slice(start, BATCH_ROWS) for batch in batches for start in range(0, len(batch), BATCH_ROWS))
         yield from _list_rows(url, parts)
     except (pa.ArrowException, OSError) as error:
         raise ValueError(f"{url}: no Arrow file, or damaged: {error}, allowed: a whole Arrow file") from None

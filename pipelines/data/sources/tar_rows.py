@@ -55,15 +55,15 @@ def read_tar_records(
             yield _explain_link(convert_row(row, columns, prompt, origin, may_be_record=False), sample.key, tar)
 
 
-def _explain_link(given: SourceRecord, key: str, tar: tars.Tar) -> SourceRecord:
+def _explain_link(record: SourceRecord, key: str, tar: tars.Tar) -> SourceRecord:
     """Name the link that stands in the tar in place of a missing image."""
-    if given.rejection is None or given.rejection.reason != "missing image" or key not in tar.links:
-        return given
+    if record.rejection is None or record.rejection.reason != "missing image" or key not in tar.links:
+        return record
     name, kind = tar.links[key]
     detail = (
         f"{tars.escape_unprintable(name)} is a {kind}, which WebDataset skips; tar --hard-dereference -h packs files"
     )
-    return replace(given, rejection=given.rejection._replace(detail=detail))
+    return replace(record, rejection=record.rejection._replace(detail=detail))
 
 
 def _make_row(sample: TarSample, data: BytesLike, columns: Columns) -> tuple[dict[str, Any], RecordRejection | None]:
@@ -132,10 +132,10 @@ def _add_image(
         return {**row, "video": listed}, None
     if isinstance(listed, list) and listed:
         by_suffix = {member.suffix: member for member in sample.members}
-        found = [by_suffix.get(str(name).lower()) for name in listed]
-        if None in found:
+        members = [by_suffix.get(str(name).lower()) for name in listed]
+        if None in members:
             return row, RecordRejection("missing image", "name", shorten(listed))
-        row["image"] = [_read_bytes(member, data) for member in found if member]
+        row["image"] = [_read_bytes(member, data) for member in members if member]
         return row, None
     # the same rule as for tars with records of LLaVA
     member, problem = tars.find_image(sample, row, data)

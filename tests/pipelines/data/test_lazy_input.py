@@ -121,7 +121,7 @@ def test_blocks_deal_each_micro_batch_to_its_worker_in_order(workers: int, size:
         dealt = [
             (block["segment"], number)
             for block in blocks[worker::workers]
-            for number in range(block["first"], block["end"], workers)
+            for number in range(block["start"], block["stop"], workers)
         ]
         assert dealt == [
             (segment, number)
