@@ -74,11 +74,11 @@ def index_tars(folder: str, max_bad_fraction: float = 0.0) -> IndexReport:
         )
     if storage.list_files(storage.join(folder, UNFINISHED_DIR)):
         raise ValueError(f"{folder}: an interrupted `redux shards make` is here, allowed: start that again instead")
-    # one task per tar; errors are collected, so that the message can count them
+    # There is one task per tar; errors are collected, so that the message can count them.
     names, notes = _list_tars(folder)
     report, errors = IndexReport(tars=len(names), notes=notes), []
     with IndexBuilder() as index:
-        # the quarantine list comes first: it explains a refusal
+        # The quarantine list comes first: it explains a refusal.
         with storage.open_writer(storage.join(folder, QUARANTINE_FILE)) as quarantine_list:
             for row in _map_tars([{"tar": storage.join(folder, name)} for name in names], _index_tar, "index"):
                 if row["error"]:
@@ -115,7 +115,7 @@ def _add_tar_report(report: IndexReport, tar_report: dict[str, Any]) -> list[dic
 def _list_tars(folder: str) -> tuple[list[str], list[str]]:
     """List the tars directly in a folder, and notes about tars below it. ValueError if there are none."""
     names = storage.list_files(folder)
-    # files that cannot be indexed
+    # Files that cannot be indexed.
     compressed = [name for name in names if name.lower().endswith(COMPRESSED_SUFFIXES)]
     if compressed:
         raise ValueError(
@@ -124,7 +124,7 @@ def _list_tars(folder: str) -> tuple[list[str], list[str]]:
         )
     if not_utf8 := [name for name in names if tars.to_utf8(name) != name]:
         raise ValueError(f"{folder}: got the file name {not_utf8[0]!a}, allowed: names in UTF-8")
-    # tars one level below, which users may expect to be indexed
+    # Tars one level below, which users may expect to be indexed.
     below = {
         name: sum(map(_is_tar, storage.list_files(storage.join(folder, name)))) for name in storage.list_folders(folder)
     }
@@ -149,7 +149,7 @@ def _describe_refusal(folder: str, report: IndexReport, max_bad_fraction: float)
         return f"{folder}: no samples in {report.tars} tars, allowed: at least one"
     counts = ", ".join(f"{count} {reason}" for reason, count in rejected.items())
     rejection = report.rejections.first_entry
-    # advice for the two usual mistakes: members that do not stand together, and records of another form
+    # Advice for the two usual mistakes: members that do not stand together, and records of another form.
     reasons, advice = set(rejected), ""
     if "split sample" in reasons or ("no record" in reasons and reasons & {"tag without image", "missing image"}):
         advice = (
@@ -191,7 +191,7 @@ def verify_set(folder: str, decode: bool = False) -> list[str]:
     if summary and summary.get("samples", len(shards)) != len(shards):
         path = storage.join(folder, SUMMARY_FILE)
         errors.append(f"{path}: says {summary['samples']} samples were kept, the index has {len(shards)}")
-    # rows of each shard as (first row, number of rows); a tar that the index lacks has none
+    # Rows of each shard as (first row, number of rows); a tar that the index lacks has none.
     sizes = shards.shard_sizes
     spans = zip((np.cumsum(sizes) - sizes).tolist(), sizes.tolist(), strict=True)
     rows = dict(zip(shards.shard_names, spans, strict=True))
@@ -218,7 +218,7 @@ def _map_tars(items: list[dict[str, Any]], task: Any, name: str, *args: Any) -> 
 def _index_tar(item: dict[str, str]) -> dict[str, Any]:
     """Index one tar. Returns its part of the index, and its counts and notes as JSON. Runs in a Ray task."""
     name = item["tar"].rpartition("/")[2]
-    # errors are values: the caller counts them over all tars
+    # Errors are values: the caller counts them over all tars.
     try:
         data = storage.map_file(item["tar"])
         tar = tars.read_tar(data, item["tar"])
@@ -289,7 +289,7 @@ def _compare_with_index(data: tars.BytesLike, name: str, url: str, rows: list[di
         tar = tars.read_tar(data, url)
     except ValueError as error:
         return [str(error)]
-    # by offset, since keys may repeat
+    # The offset identifies a sample, since keys may repeat.
     rejected = {sample.offset: sample for sample in tar.samples if sample.rejection_reason}
     unindexed = {row["offset"]: row for row in tars.make_index_rows(tar, data, name)}
     if unindexed and not rows:

@@ -55,13 +55,13 @@ def gather_samples(
     counts = torch.tensor([len(position), len(replaced)], device=device)
     dist.all_reduce(counts)
     size, num_replaced = counts.tolist()
-    # each rank fills in its samples, at their positions in the global batch
+    # Each rank fills in its samples, at their positions in the global batch.
     columns = np.zeros((2, size), np.int64)
     columns[:, position % size] = source, sample
     gathered = torch.from_numpy(columns).to(device)
     dist.all_reduce(gathered)
     source, sample = gathered.cpu().numpy()
-    # replacements are rare, so their lists are gathered only if there are any
+    # Replacements are rare, so their lists are gathered only if there are any.
     if num_replaced:
         lists: list[Any] = [None] * dist.get_world_size()
         dist.all_gather_object(lists, replaced)
@@ -113,7 +113,7 @@ def verify_coverage(
     Returns:
         The use of the set by each stage, and one message per error.
     """
-    # one pass over the log, so it may be larger than the memory
+    # One pass over the log, so it may be larger than the memory.
     stages: dict[str, _StageProgress] = {}
     errors = []
     for number, line in enumerate(lines, start=1):
@@ -126,7 +126,7 @@ def verify_coverage(
         if (stage := step["stage"]) not in stages:
             stages[stage] = _StageProgress(Coverage(stage), bytearray(num_samples), frozenset(held_out))
         errors += [f"{log}: stage {stage}: {error}" for error in stages[stage].add_step(step, name)]
-    # the last epoch of a stage has no end at which repeats are checked
+    # The last epoch of a stage has no end at which repeats are checked.
     for stage, progress in stages.items():
         errors += [f"{log}: stage {stage}: {error}" for error in progress.check_repeats()]
     coverages = [progress.coverage for progress in stages.values() if progress.coverage.samples]
@@ -152,7 +152,7 @@ class _StageProgress:
     def add_step(self, step: dict[str, Any], name: str) -> Iterator[str]:
         """Count a step, and yield errors in it or in epochs that end in it."""
         number, numbers, coverage = step["step"], list(step["samples"].get(name, [])), self.coverage
-        # number and size of the step
+        # Check number and size of the step.
         if number != coverage.steps + 1:
             yield f"step {number} follows step {coverage.steps}, allowed: {coverage.steps + 1}"
         coverage.steps = number
@@ -162,7 +162,7 @@ class _StageProgress:
             yield f"step {number}: {batch_size} samples, allowed: {self.batch_size}, as in the first"
         if forbidden := [sample for sample in numbers if sample in self.held_out]:
             yield f"step {number}: used held-out samples {_format_samples(forbidden)}"
-        # put the scheduled samples in place of their replacements
+        # Put the scheduled samples in place of their replacements.
         for entry in step["replaced"]:
             if entry["set"] == name:
                 used = entry["used"]
@@ -172,7 +172,7 @@ class _StageProgress:
                     continue
                 numbers[index] = entry["scheduled"]
                 coverage.replaced += 1
-        # mark the samples; an epoch may end in the middle of a step
+        # Mark the samples; an epoch may end in the middle of a step.
         outside = [sample for sample in numbers if not 0 <= sample < len(self.use_flags)]
         if outside:
             yield f"step {number}: samples {_format_samples(outside)}, allowed: 0 to {len(self.use_flags) - 1}"
@@ -217,7 +217,7 @@ def _parse_step(line: bytes) -> dict[str, Any] | None:
         names = [step["stage"], *(entry["set"] for entry in replaced)]
     except (ValueError, LookupError, TypeError, AttributeError):
         return None
-    # exact types, since True is an instance of int
+    # Compare exact types, since True is an instance of int.
     has_types = all(type(number) is int for number in [step["step"], *numbers]) and all(
         type(name) is str for name in names
     )

@@ -59,13 +59,13 @@ class RejectionSummary:
 
     def add(self, entry: dict[str, Any]) -> None:
         """Count an entry."""
-        # entries of make have a number, those of index a key and a tar
+        # Entries of make have a number, those of index a key and a tar.
         reason = entry["reason"]
         self.first_entry = self.first_entry or entry
         self.counts[reason] += 1
         if self.counts[reason] <= MAX_SHOWN_RECORDS:
             self._examples.setdefault(reason, []).append(entry)
-        # entries know their repair even if --fix was not given
+        # Entries know their repair even if --fix was not given.
         if repair := entry.get("repair"):
             count, description = self._repairs.get(reason, (0, repair))
             self._repairs[reason] = (count + 1, description)
@@ -111,17 +111,17 @@ def _describe_example(entry: dict[str, Any]) -> str:
     if "number" in entry:
         name = f"record {entry['number']}"
         details = [str(entry[key]) for key in ("origin", "id") if entry.get(key) not in (None, "")]
-        # the id is known by the origin already if that is a sample of a tar
+        # The id is known by the origin already if that is a sample of a tar.
         if len(details) == 2 and details[0].endswith(details[1]):
             details.pop()
         name += f" ({', '.join(details)})" if details else ""
     else:
         name = f"{tars.escape_unprintable(entry['key'])} of {entry['shard']}"
     field, value = entry.get("field") or "", entry.get("value") or ""
-    # the details of this record, after the explanation of the reason
+    # The details of this record, after the explanation of the reason.
     reason = records.RECORD_REASONS.get(entry["reason"], "")
     explanation = str(entry.get("explanation", ""))
     detail = explanation.removeprefix(f"{reason}: ") if reason and explanation.startswith(f"{reason}: ") else ""
-    # an empty text is a value, too
+    # An empty text is a value, too.
     example = f"{name}: {field + ': ' if field else ''}got {value or repr('')}" if value or field else name
     return f"{example}: {detail}" if detail else example

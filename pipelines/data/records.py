@@ -97,7 +97,7 @@ def _find_form_rejection(record: Any) -> RecordRejection | None:
     """Find the first field with another type or name than LLaVA's."""
     if not isinstance(record, dict):
         return RecordRejection("malformed", "", shorten(record))
-    # fields of the record
+    # Check the fields of the record.
     if rejection := find_media_field(record, "", has_image(record)):
         return rejection
     if "conversations" not in record:
@@ -105,7 +105,7 @@ def _find_form_rejection(record: Any) -> RecordRejection | None:
     turns = record["conversations"]
     if not isinstance(turns, list):
         return RecordRejection("malformed", "conversations", shorten(turns))
-    # fields of the turns
+    # Check the fields of the turns.
     for number, turn in enumerate(turns):
         name = f"conversations[{number}]"
         if not isinstance(turn, dict):
@@ -119,7 +119,7 @@ def _find_form_rejection(record: Any) -> RecordRejection | None:
             return rejection
     if has_image(record) and not isinstance(record["image"], str):
         return RecordRejection("unsupported image", "image", shorten(record["image"]))
-    # order of the turns
+    # Check the order of the turns.
     num_system = count_system_turns(turns)
     for number, turn in enumerate(turns[num_system:]):
         if turn["from"] != ("human", "gpt")[number % 2]:
@@ -148,7 +148,7 @@ def _find_content_rejection(record: dict, max_words: int | None) -> RecordReject
         tagged += [name] * tags
         if not text.replace(IMAGE_TOKEN, "").strip() and (number % 2 or not tags):
             return RecordRejection("empty turn", name, shorten(text))
-    # image and tags must agree
+    # Image and tags must agree.
     if has_image(record) and not tagged:
         question = turns[num_system]["value"]
         return RecordRejection("image without tag", f"conversations[{num_system}].value", shorten(question))
@@ -286,7 +286,7 @@ def find_media_field(fields: dict, prefix: str, with_image: bool, is_named: bool
         if not value or (not prefix and field == "image"):
             continue
         reason = _media_of_field(field)
-        # other fields describe the image, unless they are about several images
+        # Other fields describe the image, unless they are about several images.
         if reason == "unsupported image" and with_image:
             reason = reason if isinstance(value, list) and len(value) > 1 and not is_named else None
         if (
@@ -333,7 +333,7 @@ def _find_media_tag(text: str, is_answer: bool) -> str | None:
     """Find the reason to reject a text for a tag of content that LLaVA does not read."""
     if "<" not in text and "[IMG]" not in text:
         return None
-    # text about tags is allowed
+    # Text about tags is allowed.
     if _MARKUP.search(text):
         return None
     plain = _QUOTED.sub(" ", text)

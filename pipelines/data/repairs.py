@@ -42,7 +42,7 @@ def find_repair(record: Any, rejection: RecordRejection, max_words: int | None) 
         rejection: the reason to reject it.
         max_words: as for `find_rejection`.
     """
-    # a repair may show the next reason, such as a missing tag after a superfluous turn
+    # A repair may show the next reason, such as a missing tag after a superfluous turn.
     descriptions: list[str] = []
     remaining: RecordRejection | None = rejection
     for _ in range(MAX_REPAIRS):
@@ -116,7 +116,7 @@ def _repair_foreign_tag(record: dict[str, Any]) -> Repair | None:
 
 def _repair_several_tags(record: dict[str, Any]) -> Repair | None:
     turns: Turns = record["conversations"]
-    # exactly one tag in each question: they can only mean the same image
+    # Exactly one tag in each question: they can only mean the same image.
     humans = [turn for turn in turns if turn["from"] == "human"]
     if any(turn["value"].count(IMAGE_TOKEN) != (turn["from"] == "human") for turn in turns) or len(humans) < 2:
         return None

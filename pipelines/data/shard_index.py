@@ -206,13 +206,13 @@ def read_samples(requests: Sequence[tuple[Shards, int]]) -> list[StoredSample]:
     Returns:
         The samples, in the order of `requests`.
     """
-    # rows of the index, looked up set by set
+    # Look up the rows of the index, set by set.
     row_of: dict[int, dict[str, Any]] = {}
     for shards in dict.fromkeys(shards for shards, _ in requests):
         positions = [position for position, (other, _) in enumerate(requests) if other is shards]
         row_of |= zip(positions, shards.read_rows(requests[position][1] for position in positions), strict=True)
     rows = [row_of[position] for position in range(len(requests))]
-    # bytes of all sets together
+    # Read the bytes of all sets together.
     urls = [storage.join(shards.folder, row["shard"]) for (shards, _), row in zip(requests, rows, strict=True)]
     ranges = [(url, row["offset"], row["offset"] + row["length"]) for url, row in zip(urls, rows, strict=True)]
     return [_parse_sample(*parts) for parts in zip(rows, storage.read_ranges(ranges), urls, strict=True)]

@@ -242,7 +242,7 @@ def _read_members(data: BytesLike, name: str, tar: Tar) -> Iterator[TarMember]:
             )
         else:
             yield TarMember(info.name, suffix.lower(), info.offset, info.offset_data, info.size, end, info.issparse())
-    # the end: WebDataset stops at zeros or damage without an error, so what follows is checked here
+    # The end: WebDataset stops at zeros or damage without an error, so what follows is checked here.
     if end == len(data):
         tar.notes.append(f"{name}: ends without the two blocks of zeros that end a tar: it may have been cut")
     nonzero_at = _find_nonzero_byte(data, end)
@@ -256,7 +256,7 @@ def _read_members(data: BytesLike, name: str, tar: Tar) -> Iterator[TarMember]:
 def _read_headers(data: BytesLike, name: str) -> Iterator[tuple[tarfile.TarInfo, int]]:
     """Yield each member of the tar, and the byte offset at which the next member begins."""
     try:
-        # tarfile detects a cut tar by seeking beyond the end, which a memory map does not allow
+        # tarfile detects a cut tar by seeking beyond the end, which a memory map does not allow.
         file = io.BytesIO(data) if isinstance(data, bytes) else _SeekableMap(data)
         with tarfile.open(fileobj=file, mode="r:") as archive:
             previous = -1
@@ -319,7 +319,7 @@ def _group_samples(members: Iterator[TarMember], name: str) -> Iterator[TarSampl
 
     def entries() -> Iterator[dict[str, Any]]:
         nonlocal last
-        # `last` stays the member after whose entry WebDataset stopped
+        # `last` stays the member after whose entry WebDataset stopped.
         for last in members:
             yield {"fname": last.name, "data": last, "__url__": name}
 
@@ -356,7 +356,7 @@ def _resolve_sample(sample: TarSample, data: BytesLike) -> None:
         return
     rejection = records.find_several_images(record)
     if sample.image:
-        # the member counts, whatever path the record names
+        # The member counts, whatever path the record names.
         record = {**record, "image": f"image.{sample.image.suffix}"}
     elif records.has_image(record) and not rejection:
         sample.rejection_reason = "missing image"
@@ -410,7 +410,7 @@ def find_image(sample: TarSample, record: dict, data: BytesLike) -> tuple[TarMem
     if len(plain) > 1 and isinstance(path, str):
         suffix = posixpath.splitext(path)[1].lower().removeprefix(".")
         plain = [member for member in plain if member.suffix == suffix] or plain
-    # `jpg` beside `depth.png` is the image, but beside `2.jpg` one of several
+    # `jpg` beside `depth.png` is the image, but beside `2.jpg` one of several.
     numbered = [member for member in dotted if _NUMBERED_SUFFIX.match(member.suffix)]
     candidates = [*plain, *numbered] if plain else dotted
     candidates = candidates or [member for member in sample.members if _is_image(member, data)]
@@ -450,7 +450,7 @@ def _reject_split_samples(tar: Tar, name: str) -> None:
 
 def _sha256(data: BytesLike, offset: int, length: int) -> bytes:
     digest = hashlib.sha256()
-    # by chunks, since a slice of a memory map is a copy
+    # Hash in chunks, since a slice of a memory map is a copy.
     for start in range(offset, offset + length, HASH_CHUNK_BYTES):
         digest.update(data[start : min(start + HASH_CHUNK_BYTES, offset + length)])
     return digest.digest()

@@ -64,7 +64,7 @@ def load_text_tokenizer(folder: Path) -> TextTokenizer | None:
     tokenizer = AutoTokenizer.from_pretrained(folder)
     if not tokenizer.is_fast or tokenizer.split_special_tokens:
         return None
-    # a copy, because the settings of the original must not change
+    # Make a copy, because the settings of the original must not change.
     backend = Tokenizer.from_str(tokenizer.backend_tokenizer.to_str())
     backend.no_truncation()
     backend.no_padding()

@@ -36,11 +36,11 @@ class UnmadeShards(Shards):
         self.folder = images
         self.options = options
         self._images = ImageFolder(images)
-        # the numbers of the records name samples, and assign them to shards, as in a set that is made
+        # The numbers of the records name samples, and assign them to shards, as in a set that is made.
         self._numbers: list[int] = []
         self._records: list[dict[str, Any]] = []
         self._embedded: dict[int, bytes] = {}  # images that come with their records
-        # digests, because whole records of a large file would be in memory twice
+        # Keep digests, because whole records of a large file would be in memory twice.
         known_digests: set[bytes] = set()
         embedded_bytes = 0
         for number, source_record in enumerate(map(as_source_record, records)):
@@ -68,7 +68,7 @@ class UnmadeShards(Shards):
 
     @property
     def shard_sizes(self) -> Int64[np.ndarray, " shards"]:
-        # a shard has fewer samples if records are rejected, and none if all are
+        # A shard has fewer samples if records are rejected, and none if all are.
         sizes = np.bincount(np.array(self._numbers, np.int64) // self.options.samples_per_shard)
         return sizes[sizes > 0].astype(np.int64)
 
@@ -111,7 +111,7 @@ class UnmadeShards(Shards):
             return b""
         embedded = self._embedded.get(number)
         rejection, _, image = read_image(self._images, record["image"], embedded, self.options)
-        # the reasons are those of the quarantine list
+        # The reasons are those of the quarantine list.
         if rejection and rejection.reason == "broken image":
             raise ValueError(f"broken image: {rejection.value}: {rejection.detail}")
         if rejection:

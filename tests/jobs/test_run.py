@@ -276,7 +276,7 @@ def copy_shards(source: Path, run: Path) -> None:
 
 def start_and_stop(words: list[str], after: int, by: signal.Signals) -> int:
     """Exit code of a run that gets a signal after a step of the last stage; its processes end with it."""
-    # bars as on a terminal; and Ray's agents end 5 s after the others, by default after a minute
+    # Bars as on a terminal; and Ray's agents end 5 s after the others, by default after a minute.
     environment = {**ENVIRONMENT, "TQDM_MININTERVAL": "0.1", "RAY_gcs_rpc_server_reconnect_timeout_s": "5"}
     process = subprocess.Popen(
         [*WITH_FORKS, "jobs.command", *words], env=environment, stderr=subprocess.PIPE, start_new_session=True
@@ -294,7 +294,7 @@ def start_and_stop(words: list[str], after: int, by: signal.Signals) -> int:
     else:
         os.killpg(process.pid, by)
     code = process.wait(timeout=60)
-    # a killed command cannot end Ray's agents; they notice the end of the other processes themselves
+    # A killed command cannot end Ray's agents; they notice the end of the other processes themselves.
     _, alive = psutil.wait_procs(children, timeout=120 if by == signal.SIGKILL else 0)
     assert not alive
     process.stderr.close()

@@ -73,7 +73,7 @@ class _TextReader:
         self.consumed += self.position
         parts = [self.text[self.position :]]
         self.position = added = 0
-        # at least as much as is there: each retry of a long record then costs no more than all before
+        # Read at least as much as is there: each retry of a long record then costs no more than all before.
         while added < pending and not self.is_complete:
             chunk = next(self._chunks, None)
             self.is_complete = chunk is None
@@ -117,7 +117,7 @@ class _TextReader:
                 raise self.describe_damage(error.msg, error.pos) from None
             except (ValueError, RecursionError):  # too many digits, too deep
                 return self._take_text()
-            # a number may go on in the next chunk
+            # A number may go on in the next chunk.
             if end < len(self.text) or not self.fill():
                 self.position = min(end, len(self.text))
                 return value
@@ -160,7 +160,7 @@ class _TextReader:
 
 def _iterate_list(text: _TextReader, name: str) -> Iterator[tuple[str, Any]]:
     text.position += 1
-    # item by item, so that a damaged or deep one does not end the others
+    # Parse item by item, so that a damaged or deep one does not end the others.
     number = 0
     while (mark := text.peek()) != "]" or number:
         if not mark:
@@ -182,7 +182,7 @@ def _iterate_list(text: _TextReader, name: str) -> Iterator[tuple[str, Any]]:
 
 def _iterate_lines(text: _TextReader, name: str, known_columns: frozenset[str]) -> Iterator[tuple[str, Any]]:
     lines = _parse_lines(text)
-    # one object alone may be a wrapper of the list
+    # One object alone may be a wrapper of the list.
     first_line = next(lines)
     second_line = next(lines, None)
     if second_line is None:
@@ -207,7 +207,7 @@ def _parse_lines(text: _TextReader) -> Iterator[tuple[str, Any, str]]:
         try:
             yield f"line {number}", json.loads(line), ""
         except (ValueError, RecursionError) as error:
-            # only the first line can begin an object of several lines
+            # Only the first line can begin an object of several lines.
             if number == 1 and isinstance(error, json.JSONDecodeError):
                 text.untake_line(line)
                 try:
@@ -236,7 +236,7 @@ def _check_only_record(record: Any, name: str, known_columns: frozenset[str], pr
 def _check_depth(record: Any) -> Any:
     """Return a record, or its text if lists and objects are nested deeper than MAX_DEPTH."""
     level = [record]
-    # breadth first, since recursion has a limit, too
+    # Search breadth first, since recursion has a limit, too.
     for _ in range(MAX_DEPTH):
         containers = [item for item in level if isinstance(item, list | dict)]
         children = [child for item in containers for child in (item.values() if isinstance(item, dict) else item)]

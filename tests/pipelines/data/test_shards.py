@@ -285,7 +285,7 @@ def test_an_index_from_parts_is_that_of_all_rows(tmp_path: Path, sizes: list[int
     parts = [whole.slice(start, size) for start, size in zip(starts, sizes, strict=False)]
     with index_file.IndexBuilder() as index:
         for number, part in enumerate(parts):
-            # a slice has the whole dictionary; the part of a shard has its own name alone
+            # A slice has the whole dictionary; the part of a shard has its own name alone.
             own = pa.Table.from_pylist(part.to_pylist(), INDEX_SCHEMA)
             index.add(own if number % 2 else part)
         assert index.num_rows == len(whole)
@@ -461,7 +461,7 @@ def test_an_index_of_an_earlier_version_is_written_in_blocks(tmp_path: Path):
     former = to_ipc_bytes(table(1000))
     (tmp_path / INDEX_FILE).write_bytes(former)
     before = Shards(tmp_path)
-    # another version of Arrow may have written it, so the fingerprint is not computed again
+    # Another version of Arrow may have written it, so the fingerprint is not computed again.
     assert index_file.rewrite_former(str(tmp_path))
     after = Shards(tmp_path)
     assert (tmp_path / INDEX_FILE).read_bytes() == encode_index(table(1000))

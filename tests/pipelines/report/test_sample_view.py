@@ -219,7 +219,7 @@ def test_the_page_needs_no_script_and_no_network(stages: list[StageView]) -> Non
     assert html.count('<img src="data:image/webp') == 22
     for text in ("cut off by max_length", "Training would replace this sample", "a lead", "[question]"):
         assert text in html
-    # anchors of the navigation exist
+    # Anchors of the navigation exist.
     assert set(re.findall(r'href="#([^"]+)"', html)) <= set(re.findall(r'id="([^"]+)"', html))
 
 
