@@ -193,7 +193,7 @@ def make_index_rows(tar: Tar, data: BytesLike, name: str) -> list[dict[str, Any]
             "shard": name,
             "offset": sample.offset,
             "length": sample.length,
-            "sha256": _sha256(data, sample.offset, sample.length),
+            "sha256": _hash_range(data, sample.offset, sample.length),
             "record_at": sample.record.content_start - sample.offset if sample.record else 0,
             "record_size": sample.record.size if sample.record else 0,
             "image_at": sample.image.content_start - sample.offset if sample.image else 0,
@@ -448,7 +448,7 @@ def _reject_split_samples(tar: Tar, name: str) -> None:
 # --- bytes -----------------------------------------------------------------------------------------------------------
 
 
-def _sha256(data: BytesLike, offset: int, length: int) -> bytes:
+def _hash_range(data: BytesLike, offset: int, length: int) -> bytes:
     digest = hashlib.sha256()
     # Hash in chunks, since a slice of a memory map is a copy.
     for start in range(offset, offset + length, HASH_CHUNK_BYTES):

@@ -87,7 +87,7 @@ class Manifest:
         """Serialize the manifest with its own SHA-256, because a text with a flipped digit can still be JSON."""
         # from_json hashes the parsed fields again, so hash exactly what json.dumps writes for them.
         text = json.dumps(asdict(self))
-        return json.dumps({"sha256": _sha256(text.encode()), "manifest": json.loads(text)})
+        return json.dumps({"sha256": _compute_sha256(text.encode()), "manifest": json.loads(text)})
 
     @classmethod
     def from_json(cls, text: bytes) -> "Manifest":
@@ -99,7 +99,7 @@ class Manifest:
         try:
             document = json.loads(text)
             fields = document["manifest"]
-            if document["sha256"] != _sha256(json.dumps(fields).encode()):
+            if document["sha256"] != _compute_sha256(json.dumps(fields).encode()):
                 raise DamagedError(f"{MANIFEST} does not match its checksum")
             # JSON has no tuples: pieces come back as lists.
             files = {
@@ -200,11 +200,11 @@ class Upload:
             name = f"rank-{self.rank:04d}-{number:02d}.safetensors"
             data = safetensors.torch.save({_tensor_key(piece): tensor for piece, tensor in group})
             storage.write(storage.join(self.url, name), data)
-            entries[name] = FileEntry(len(data), _sha256(data), [piece for piece, _ in group])
+            entries[name] = FileEntry(len(data), _compute_sha256(data), [piece for piece, _ in group])
         return entries
 
 
-def _sha256(data: bytes) -> str:
+def _compute_sha256(data: bytes) -> str:
     return hashlib.sha256(data).hexdigest()
 
 
@@ -376,7 +376,7 @@ def _read_checked(saved: SavedCheckpoint, file: str) -> Iterator[tuple[Piece, Te
     data = storage.read(url)
     if len(data) != entry.bytes:
         raise DamagedError(f"{url}: {len(data)} bytes, its manifest says {entry.bytes}")
-    if _sha256(data) != entry.sha256:
+    if _compute_sha256(data) != entry.sha256:
         raise DamagedError(f"{url}: its checksum differs from that in its manifest")
     tensors = safetensors.torch.load(data)
     for piece in entry.pieces:
@@ -404,7 +404,7 @@ def check_compatible(
         is_reshaped = key.startswith("model.trained.") and None not in (old, new)
         if is_reshaped or not allow_changes:
             raise RefusedError(
-                f"{url}: it was written with {key} = {_shorten(old)}, not {_shorten(new)}; give the job another name"
+                f"{url}: it was written with {key} = {_shorten_repr(old)}, not {_shorten_repr(new)}; give the job another name"
                 + ("" if is_reshaped else ", or continue with --allow-changes")
             )
 
@@ -418,7 +418,7 @@ def find_differences(before: Any, now: Any, path: str = "") -> Iterator[tuple[st
         yield path, before, now
 
 
-def _shorten(value: Any) -> str:
+def _shorten_repr(value: Any) -> str:
     return repr(value)[:80]
 
 
