@@ -404,8 +404,8 @@ def check_compatible(
         is_reshaped = key.startswith("model.trained.") and None not in (old, new)
         if is_reshaped or not allow_changes:
             raise RefusedError(
-                f"{url}: it was written with {key} = {_shorten_repr(old)}, not {_shorten_repr(new)}; give the job another name"
-                + ("" if is_reshaped else ", or continue with --allow-changes")
+                f"{url}: it was written with {key} = {_shorten_repr(old)}, not {_shorten_repr(new)}; "
+                "give the job another name" + ("" if is_reshaped else ", or continue with --allow-changes")
             )
 
 
