@@ -156,7 +156,7 @@ def _describe_refusal(folder: str, report: IndexReport, max_bad_fraction: float)
             "; members of a sample must stand together and share their path up to the first dot, KEY.jpg and KEY.json: "
             "put them into one folder, and pack it by tar --sort=name"
         )
-    elif reasons & {"malformed", "no record"}:
+    elif reasons & {"wrong fields", "no record"}:
         advice = (
             "; KEY.json must hold LLaVA's record with conversations: `redux shards make --source` reads tars with "
             "captions or other conversations"

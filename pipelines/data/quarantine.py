@@ -11,8 +11,9 @@ from pipelines.data import records, tars
 MAX_SHOWN_RECORDS = 3
 
 REASON_ADVICE = {
-    "malformed": "write each turn with from and value as text; repair or remove a damaged line; name columns of other "
-    "names by --columns, such as --columns conversations=chat (columns: {conversations: chat} in a job file)",
+    "not JSON": "repair or remove the damaged line or member",
+    "wrong fields": "write each turn with from and value as text; name columns of other names by --columns, such as "
+    "--columns conversations=chat (columns: {conversations: chat} in a job file)",
     "duplicate": "remove the copies; --fix leaves them out, and does not count them as rejected",
     "turn order": "merge or remove turns, so that questions and answers alternate; if all begin with gpt, check "
     "which role is which; tool calls are not read",

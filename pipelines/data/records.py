@@ -23,12 +23,14 @@ earlier one in all fields.
 import functools
 import json
 import re
+from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 from redux.conversation import IMAGE_TOKEN, move_image_to_front
 
 RECORD_REASONS = {
-    "malformed": "not an object with conversations, a list of turns, each with from and value as text",
+    "not JSON": "the reader of JSON cannot parse it",
+    "wrong fields": "not an object with conversations, a list of turns, each with from and value as text",
     "duplicate": "equal to an earlier record in all fields",
     "turn order": 'turns must alternate between "human" and "gpt", from a first "human" to a last "gpt"; one "system" '
     "turn may come before",
@@ -80,6 +82,27 @@ class RecordRejection(NamedTuple):
         return f"{RECORD_REASONS[self.reason]}: {self.detail}" if self.detail else RECORD_REASONS[self.reason]
 
 
+@dataclass(frozen=True)
+class UnparsedRecord:
+    """Record that Python cannot parse as JSON: its text and the problem."""
+
+    text: str
+    problem: str
+
+    @property
+    def rejection(self) -> RecordRejection:
+        return RecordRejection("not JSON", "", shorten(self.text), self.problem)
+
+
+def describe_json_error(error: ValueError | RecursionError) -> str:
+    """Describe an error of the reader of JSON in a record."""
+    if isinstance(error, json.JSONDecodeError):
+        return f"{error.msg}: character {error.pos}"
+    if isinstance(error, UnicodeDecodeError):
+        return "bytes that are not UTF-8"
+    return "nested too deep" if isinstance(error, RecursionError) else "a number with too many digits"
+
+
 # --- records ---------------------------------------------------------------------------------------------------------
 
 
@@ -87,7 +110,7 @@ def find_rejection(record: Any, max_words: int | None) -> RecordRejection | None
     """Find the reason to reject a record, without a look at its image file. None for a valid record.
 
     Args:
-        record: any JSON value.
+        record: any JSON value, or an UnparsedRecord.
         max_words: maximum number of words of all turns together; None for no limit.
     """
     return _find_form_rejection(record) or _find_content_rejection(record, max_words)
@@ -95,25 +118,27 @@ def find_rejection(record: Any, max_words: int | None) -> RecordRejection | None
 
 def _find_form_rejection(record: Any) -> RecordRejection | None:
     """Find the first field with another type or name than LLaVA's."""
+    if isinstance(record, UnparsedRecord):
+        return record.rejection
     if not isinstance(record, dict):
-        return RecordRejection("malformed", "", shorten(record))
+        return RecordRejection("wrong fields", "", shorten(record))
     # Check the fields of the record.
     if rejection := find_media_field(record, "", has_image(record)):
         return rejection
     if "conversations" not in record:
-        return RecordRejection("malformed", "conversations", f"{MISSING}; there are {shorten(list(record))}")
+        return RecordRejection("wrong fields", "conversations", f"{MISSING}; there are {shorten(list(record))}")
     turns = record["conversations"]
     if not isinstance(turns, list):
-        return RecordRejection("malformed", "conversations", shorten(turns))
+        return RecordRejection("wrong fields", "conversations", shorten(turns))
     # Check the fields of the turns.
     for number, turn in enumerate(turns):
         name = f"conversations[{number}]"
         if not isinstance(turn, dict):
-            return RecordRejection("malformed", name, shorten(turn))
+            return RecordRejection("wrong fields", name, shorten(turn))
         for field in ("from", "value"):
             if not isinstance(turn.get(field), str):
                 return RecordRejection(
-                    "malformed", f"{name}.{field}", shorten(turn[field]) if field in turn else MISSING
+                    "wrong fields", f"{name}.{field}", shorten(turn[field]) if field in turn else MISSING
                 )
         if rejection := find_media_field(turn, f"{name}.", has_image(record)):
             return rejection

@@ -382,7 +382,9 @@ def _find_record(sample: TarSample, data: BytesLike) -> tuple[Any, str | None]:
         return None, "no record"
     [sample.record] = candidates
     value = values[sample.record.name]
-    return value, None if _has_conversations(value) else "malformed"
+    if isinstance(value, records.UnparsedRecord):
+        return value, "not JSON"
+    return value, None if _has_conversations(value) else "wrong fields"
 
 
 def _has_conversations(value: Any) -> bool:
@@ -395,11 +397,13 @@ def find_last_suffix(member: TarMember) -> str:
 
 
 def parse_member(data: BytesLike, member: TarMember) -> Any:
-    """Parse a member as JSON; None if it is none."""
+    """Parse a member as JSON; an `UnparsedRecord` if it is none."""
+    content = bytes(data[member.content])
     try:
-        return json.loads(data[member.content])
-    except (ValueError, RecursionError):
-        return None
+        return json.loads(content)
+    except (ValueError, RecursionError) as error:
+        text = content.decode("utf-8-sig", "surrogateescape")
+        return records.UnparsedRecord(text, records.describe_json_error(error))
 
 
 def find_image(sample: TarSample, record: dict, data: BytesLike) -> tuple[TarMember | None, str | None]:

@@ -25,7 +25,14 @@ from dataclasses import dataclass, field, replace
 from typing import Any
 
 from pipelines.data.options import ColumnName
-from pipelines.data.records import MISSING, RecordRejection, find_media_field, holds_image, shorten
+from pipelines.data.records import (
+    MISSING,
+    RecordRejection,
+    UnparsedRecord,
+    find_media_field,
+    holds_image,
+    shorten,
+)
 from redux.conversation import IMAGE_TOKEN
 
 TURN_COLUMNS = ("conversations", "messages", "conversation", "texts", "dialogue")
@@ -125,12 +132,14 @@ def convert_row(
     """Convert a row to a record.
 
     Args:
-        row: the row. Images may be bytes.
+        row: the row, or an UnparsedRecord. Images may be bytes.
         columns: names of columns that differ from the usual ones.
         prompt: question of a row that has a caption and no question.
         origin: file and position of the row.
         may_be_record: the row is kept as it is if it has LLaVA's form. False for rows with values that are not JSON.
     """
+    if isinstance(row, UnparsedRecord):
+        return SourceRecord(row.text, origin=origin, rejection=row.rejection)
     if not isinstance(row, dict) or (may_be_record and not columns and _is_llava(row)):
         return SourceRecord(row, origin=origin)
     try:
@@ -174,7 +183,7 @@ class _Conversion:
         """Convert the row; RowError if that is not possible."""
         if extra_cells := self.row.get(None):  # type: ignore[call-overload]  # only a table of text has it
             detail = "more cells than columns: put a text with a separator into quotation marks"
-            raise RowError(RecordRejection("malformed", "", shorten(extra_cells), detail))
+            raise RowError(RecordRejection("wrong fields", "", shorten(extra_cells), detail))
         turns = self._read_turns()
         # A column of system messages, unless the turns have one.
         system = self._get("system")
@@ -239,10 +248,10 @@ class _Conversion:
             # A caption that is no text is named with its value.
             is_any = "text" in kinds and "text" not in self.columns
             if is_any and (name := next((name for name in TEXT_COLUMNS if name in self.row), None)):
-                raise RowError(RecordRejection("malformed", name, shorten(self.row[name]), "a caption is text"))
+                raise RowError(RecordRejection("wrong fields", name, shorten(self.row[name]), "a caption is text"))
             named_columns = ", ".join(self.columns[kind] for kind in kinds if kind in self.columns)
             detail = f"no column {named_columns or 'with a conversation, a question or a caption'}"
-            raise RowError(RecordRejection("malformed", "", f"columns {shorten(list(self.row))}", detail))
+            raise RowError(RecordRejection("wrong fields", "", f"columns {shorten(list(self.row))}", detail))
         return turns
 
     def _read_conversation(self) -> list[_Turn]:
@@ -254,12 +263,12 @@ class _Conversion:
         self.turns_name = name
         turns = _parse_turns(turns)
         if not isinstance(turns, list) or not turns:
-            raise RowError(RecordRejection("malformed", name, shorten(turns)))
+            raise RowError(RecordRejection("wrong fields", name, shorten(turns)))
         result = []
         for number, turn in enumerate(turns):
             field_name = f"{name}[{number}]"
             if not isinstance(turn, dict):
-                raise RowError(RecordRejection("malformed", field_name, shorten(turn)))
+                raise RowError(RecordRejection("wrong fields", field_name, shorten(turn)))
             # Both turns of a round in one object, as in the_cauldron.
             if {"user", "assistant"} <= turn.keys():
                 self.has_tags = False
@@ -278,14 +287,14 @@ class _Conversion:
         role_name, text_name = self.columns.get("role", usual[0]), self.columns.get("content", usual[1])
         role, content = turn.get(role_name), turn.get(text_name)
         if not isinstance(role, str):
-            raise RowError(RecordRejection("malformed", f"{name}.{role_name}", _show(turn, role_name)))
+            raise RowError(RecordRejection("wrong fields", f"{name}.{role_name}", _show(turn, role_name)))
         others = {key: value for key, value in turn.items() if key not in (role_name, text_name)}
         if rejection := find_media_field(others, f"{name}.", False):
             raise RowError(rejection)
         if isinstance(content, list):
             content = "".join(self._read_parts(f"{name}.{text_name}", content))
         if not isinstance(content, str):
-            raise RowError(RecordRejection("malformed", f"{name}.{text_name}", _show(turn, text_name)))
+            raise RowError(RecordRejection("wrong fields", f"{name}.{text_name}", _show(turn, text_name)))
         return _Turn(self._translate_role(role), content, f"{name}.{role_name}", f"{name}.{text_name}")
 
     def _translate_role(self, role: str) -> str:
@@ -318,7 +327,7 @@ class _Conversion:
                 yield IMAGE_TOKEN
             else:
                 detail = "a part has the type text, image or image_url, and its content"
-                raise RowError(RecordRejection("malformed", field_name, shorten(part), detail))
+                raise RowError(RecordRejection("wrong fields", field_name, shorten(part), detail))
 
     def _read_rounds(self) -> list[_Turn]:
         names: tuple[str, str | None, str] | None
@@ -344,7 +353,7 @@ class _Conversion:
         for number, pair in enumerate(history if isinstance(history, list) else ()):
             name = f"{self.columns['history']}[{number}]"
             if not isinstance(pair, list | tuple) or len(pair) != 2:
-                raise RowError(RecordRejection("malformed", name, shorten(pair)))
+                raise RowError(RecordRejection("wrong fields", name, shorten(pair)))
             result += _make_round((f"{name}[0]", pair[0]), (f"{name}[1]", pair[1]))
         return result + _make_round((question_name, question), (answer_name, answer))
 
@@ -421,7 +430,7 @@ def _make_round(question: tuple[str, Any], answer: tuple[str, Any]) -> list[_Tur
     """Make two turns of (name, text) of a question and of an answer."""
     for name, text in (question, answer):
         if not isinstance(text, str):
-            raise RowError(RecordRejection("malformed", name, MISSING if text is None else shorten(text)))
+            raise RowError(RecordRejection("wrong fields", name, MISSING if text is None else shorten(text)))
     return [
         _Turn(role, text, name, name) for role, (name, text) in zip(("human", "gpt"), (question, answer), strict=True)
     ]

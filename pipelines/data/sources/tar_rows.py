@@ -23,6 +23,7 @@ from pipelines.data.records import (
     LFS_POINTER,
     MISSING,
     RecordRejection,
+    UnparsedRecord,
     find_several_images,
     shorten,
 )
@@ -109,12 +110,11 @@ def _read_json(sample: TarSample, data: BytesLike) -> tuple[dict[str, Any], str 
 def _find_unread_json(sample: TarSample, data: BytesLike) -> RecordRejection | None:
     """Find a member `json` that is not JSON, since the caption or the turns may be in it."""
     member = next((member for member in sample.members if member.suffix == "json"), None)
-    if member is None or tars.parse_member(data, member) is not None:
+    value = None if member is None else tars.parse_member(data, member)
+    if not isinstance(value, UnparsedRecord):
         return None
-    text = _read_text(member, data)
-    return RecordRejection(
-        "malformed", "json", shorten(text), LFS_ADVICE if text.startswith(LFS_POINTER) else "no JSON object"
-    )
+    detail = LFS_ADVICE if value.text.startswith(LFS_POINTER) else value.problem
+    return value.rejection._replace(field="json", detail=detail)
 
 
 def _is_turns(value: Any) -> bool:
@@ -163,6 +163,8 @@ def _read_value(member: TarMember, keys: tuple[str | int, ...], data: BytesLike,
         return _read_text(member, data)
     # A sample without the value is rejected later, as one without the column.
     value = tars.parse_member(data, member)
+    if isinstance(value, UnparsedRecord):
+        return None
     for key in keys:
         try:
             value = value[key]

@@ -592,7 +592,7 @@ def damaged_records(records: list[dict], pictures: Path) -> tuple[list[Any], dic
         5: ({"video": "gif.mp4"}, "video"),
         6: ({"image": "../images/0.png"}, "outside folder"),
         9: ({"conversations": []}, "turn order"),
-        21: ({"conversations": None}, "malformed"),
+        21: ({"conversations": None}, "wrong fields"),
     }.items():
         result[number] |= changes
         reasons[number] = reason
@@ -603,7 +603,7 @@ def damaged_records(records: list[dict], pictures: Path) -> tuple[list[Any], dic
         ],
     }
     result += [records[3], "no record"]
-    return result, {**reasons, 22: "duplicate", 23: "malformed"}
+    return result, {**reasons, 22: "duplicate", 23: "wrong fields"}
 
 
 @pytest.mark.usefixtures("ray_cluster")

@@ -279,17 +279,17 @@ PART = {"type": "text", "text": "Q"}
         (row_of(image="data:text,hello"), "unsupported image", "image", "data:text,hello"),
         (row_of(image="data:image/png;base64,???"), "broken image", "image", "???"),
         (row_of(videos=["a.mp4"]), "video", "videos", '["a.mp4"]'),
-        ({"messages": [{"role": "user", "content": 3}]}, "malformed", "messages[0].content", "3"),
-        ({"messages": [{"role": "user"}]}, "malformed", "messages[0].content", "(missing)"),
+        ({"messages": [{"role": "user", "content": 3}]}, "wrong fields", "messages[0].content", "3"),
+        ({"messages": [{"role": "user"}]}, "wrong fields", "messages[0].content", "(missing)"),
         ({"messages": [{"role": "user", "content": [{"type": "video"}]}]}, "video", "messages[0].content[0]",
          '{"type": "video"}'),
-        ({"messages": [{"role": "user", "content": [PART, 3]}]}, "malformed", "messages[0].content[1]", "3"),
-        ({"messages": "text"}, "malformed", "messages", "text"),
-        ({"messages": ["text"]}, "malformed", "messages[0]", "text"),
-        ({"messages": []}, "malformed", "messages", "[]"),
-        ({"question": "Q", "answer": None}, "malformed", "answer", "(missing)"),
+        ({"messages": [{"role": "user", "content": [PART, 3]}]}, "wrong fields", "messages[0].content[1]", "3"),
+        ({"messages": "text"}, "wrong fields", "messages", "text"),
+        ({"messages": ["text"]}, "wrong fields", "messages[0]", "text"),
+        ({"messages": []}, "wrong fields", "messages", "[]"),
+        ({"question": "Q", "answer": None}, "wrong fields", "answer", "(missing)"),
         ({"caption": "A", "jpg": None}, "missing image", "image", "(missing)"),
-        ({"a": 1, "messages": None}, "malformed", "messages", "null"),
+        ({"a": 1, "messages": None}, "wrong fields", "messages", "null"),
     ],
     ids=ascii,
 )  # fmt: skip
@@ -577,7 +577,7 @@ def test_captions_beside_an_image_that_differ_are_listed(tmp_path: Path) -> None
     # The user's choice.
     chosen = read_captions(tmp_path, columns={"text": "caption"})
     assert (chosen["a"], chosen["b"], chosen["c"]) == ("one", "two", "two")
-    assert chosen["d"].startswith("malformed")
+    assert chosen["d"].startswith("wrong fields")
 
 
 def test_a_link_to_a_folder_above_is_refused(tmp_path: Path) -> None:
@@ -628,8 +628,8 @@ def test_samples_of_tars_without_one_image_or_text_are_listed(tmp_path: Path) ->
     assert summary["samples"] == 1
     listed = [json.loads(line) for line in (tmp_path / "out" / QUARANTINE_FILE).read_text().splitlines()]
     assert [entry["reason"] for entry in listed] == [
-        "several images", "malformed", "missing image", "several records", "missing image", "video", "broken text",
-        "broken image", "malformed",
+        "several images", "wrong fields", "missing image", "several records", "missing image", "video", "broken text",
+        "broken image", "not JSON",
     ]  # fmt: skip
     assert all(entry["origin"].startswith("a.tar: sample ") for entry in listed)
     assert [entry["value"] for entry in listed][:1] == ["jpg, png"]
