@@ -18,6 +18,9 @@ its subject. Such content is detected by names of fields, and by the tags that o
 
 Ids repeat in LLaVA's mixtures (several conversations about one image), so a record is a duplicate only if it equals an
 earlier one in all fields.
+
+If an object of JSON has a key twice, the last value counts, as in Python's reader. Checking for such keys would make
+parsing 40 to 90 % slower.
 """
 
 import functools
