@@ -19,6 +19,7 @@ from jaxtyping import UInt8
 from pipelines.data.ingest import Reader, TextRow, describe_failure
 from pipelines.data.order import Order
 from pipelines.data.shard_index import Shards, StoredSample
+from redux.rounding import divide_up
 
 BLOCK_SAMPLES = 64
 """Samples that are read together."""
@@ -107,7 +108,7 @@ def draw_positions(
     in_epoch = math.ceil(order.samples[source] / per_batch)
     span = in_epoch if batches is None else min(in_epoch, batches)
     # Take a few samples from each of many batches: a batch may hold samples of one length and one window of shards.
-    from_each = math.ceil(count / span)
+    from_each = divide_up(count, span)
     rng = np.random.default_rng((seed, source))
     positions_by_sample: dict[int, StreamPosition] = {}
     for batch in rng.permutation(span).tolist():
