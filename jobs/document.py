@@ -21,7 +21,7 @@ from pydantic_core import ErrorDetails, to_jsonable_python
 from jobs.former_names import FORMER_KEYS
 from jobs.type_text import describe_type, find_key_type, find_type, format_value, list_field_names, list_members
 
-T = TypeVar("T")
+ParsedDocument = TypeVar("ParsedDocument")
 
 FORMER_KEY = "this key is now"
 """Beginning of the problem of a key that was renamed."""
@@ -49,7 +49,7 @@ class JobError(ValueError):
         super().__init__(self.problems[0] + (f" (and {len(further)} more)" if further else ""))
 
 
-def read(path: Path, overrides: Sequence[str], schema: type[T]) -> T:
+def read(path: Path, overrides: Sequence[str], schema: type[ParsedDocument]) -> ParsedDocument:
     """Read a dataclass tree from a YAML file.
 
     Args:
@@ -80,11 +80,11 @@ def read_tree(path: Path, overrides: Sequence[str] = ()) -> Any:
     return tree
 
 
-def build(tree: Any, schema: type[T], source: str) -> T:
+def build(tree: Any, schema: type[ParsedDocument], source: str) -> ParsedDocument:
     """Build a dataclass tree from plain values; JobError, which begins with `source`, if they do not fit."""
     try:
         # JSON mode is strict, but accepts a list for a tuple and 1 for a float; "1" and true remain errors.
-        return cast(T, _get_adapter(schema).validate_json(json.dumps([tree]), strict=True)[0])
+        return cast(ParsedDocument, _get_adapter(schema).validate_json(json.dumps([tree]), strict=True)[0])
     except ValidationError as error:
         raise JobError(*(f"{source}: {problem}" for problem in _describe(error, tree, schema))) from error
 

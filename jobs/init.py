@@ -25,7 +25,7 @@ from redux.benchmarks import custom, instructions
 from redux.benchmarks.custom import AnswerMetric
 from redux.hub import describe_missing, is_hub_id
 
-T = TypeVar("T")
+ParsedAnswer = TypeVar("ParsedAnswer")
 
 NO_QUESTIONS = "none"
 
@@ -49,7 +49,7 @@ class Dialog:
     def __init__(self, takes_defaults: bool, read: Callable[[str], str] = input) -> None:
         self.takes_defaults, self.read = takes_defaults, read
 
-    def ask(self, question: str, default: str, parse: Callable[[str], T]) -> T:
+    def ask(self, question: str, default: str, parse: Callable[[str], ParsedAnswer]) -> ParsedAnswer:
         """Ask until the answer is right.
 
         Args:

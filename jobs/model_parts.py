@@ -25,14 +25,14 @@ from redux.hub import local_copy
 from redux.loading import UnmappedWeightsError, load_tokenizer
 from redux.model import ReduxForConditionalGeneration
 
-T = TypeVar("T")
+PartName = TypeVar("PartName")
 
 
 PACKAGE_PREFIX = "package:"
 """Prefix of the name of an installed Python package whose folder has a part of a model."""
 
 
-def make_folder_absolute(part: T) -> T | str:
+def make_folder_absolute(part: PartName) -> PartName | str:
     """Make a folder's path absolute; anything else, such as a hub id, stays as it is.
 
     Raises:

@@ -141,7 +141,7 @@ def _walk(cls: type, prefix: str, examples: list[Any]) -> Iterator[KeyEntry]:
             type=_describe_type(hint),
             default=_format_default(field),
             meaning=meanings.get(field.name, ""),
-            example=next((_shorten(value) for value in values if value not in (None, {}, [])), None),
+            example=next((_format_example(value) for value in values if value not in (None, {}, [])), None),
         )
         for member in type_text.list_members(hint):
             if is_dataclass(member) and isinstance(member, type):
@@ -185,10 +185,10 @@ def _format_default(field: Field[Any]) -> str | None:
         fraction = Fraction(value).limit_denominator(10)
         if fraction.denominator > 1 and float(fraction) == value and len(str(fraction)) < len(str(value)):
             return str(fraction)
-    return _shorten(document.write_plain(value))
+    return _format_example(document.write_plain(value))
 
 
-def _shorten(value: Any) -> str:
+def _format_example(value: Any) -> str:
     text = json.dumps(value, ensure_ascii=False)
     return text if len(text) <= 60 else f"{text[:57]}..."
 

@@ -8,10 +8,10 @@ import torch
 WARM_CALLS = 2
 """Calls before the capture: they compile kernels, and let libraries allocate their workspaces."""
 
-Result = TypeVar("Result")
+GraphOutput = TypeVar("GraphOutput")
 
 
-def capture_graph(run: Callable[[], Result], device: torch.device, pool: Any = None) -> tuple[Any, Result]:
+def capture_graph(run: Callable[[], GraphOutput], device: torch.device, pool: Any = None) -> tuple[Any, GraphOutput]:
     """Capture the kernels of a call, which reads and writes tensors of fixed addresses.
 
     Args:

@@ -28,6 +28,7 @@ from transformers.cache_utils import Cache
 from redux.cuda_graph import WARM_CALLS, capture_graph
 from redux.focus_cache import FREE_COLUMNS, FocusCache, StaticFocusCache
 from redux.kernels import get_kernels
+from redux.rounding import round_up
 
 INPUT_FIELDS = {"input_ids", "attention_mask", "pixel_values"}
 """Inputs of LLaVA that may be given."""
@@ -292,11 +293,6 @@ def describe_model(model: Any, batch: int, eos_token_ids: Sequence[int], pad_tok
     weights = tuple(parameter.data_ptr() for parameter in model.parameters())
     buffers = tuple(buffer.data_ptr() for buffer in model.buffers())
     return (batch, tuple(eos_token_ids), pad_token_id, cmai, get_kernels(), model.dtype, weights, buffers)
-
-
-def round_up(number: int, step: int) -> int:
-    """Round up to a multiple of a step."""
-    return -(-number // step) * step
 
 
 def decode_prompt(

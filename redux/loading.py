@@ -80,7 +80,7 @@ def report_damage(path: str | os.PathLike | None, label: str) -> Iterator[None]:
         if isinstance(error, RuntimeError) and "unable to mmap" in str(error):
             raise UnmappedWeightsError(
                 f"{label}: got {path}, whose weights cannot be mapped into memory, allowed: a machine with more memory "
-                f"({_shorten(str(error))})"
+                f"({_cut_to_first_sentence(str(error))})"
             ) from error
         if type(error).__name__ not in DAMAGE_ERRORS:
             raise
@@ -89,7 +89,7 @@ def report_damage(path: str | os.PathLike | None, label: str) -> Iterator[None]:
         if pointers:
             reason = f"{pointers[0]} is a git-lfs pointer; git lfs pull fetches the file"
         else:
-            reason = _shorten(str(error))
+            reason = _cut_to_first_sentence(str(error))
         raise ValueError(f"{label}: got {path} with damaged weights, allowed: complete files ({reason})") from error
     finally:
         reporter.removeFilter(_is_no_report)
@@ -193,7 +193,7 @@ def _summarize_names(names: list[str]) -> str:
     return names[0] + (f" and {len(names) - 1} more" if len(names) > 1 else "")
 
 
-def _shorten(text: str) -> str:
+def _cut_to_first_sentence(text: str) -> str:
     """Return the first sentence of an error."""
     return " ".join(text.split()).partition(". ")[0]
 

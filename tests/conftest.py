@@ -18,7 +18,7 @@ os.environ.setdefault("OMP_WAIT_POLICY", "passive")
 gc.disable()
 
 if shutil.which("nvidia-smi") is None:
-    # without a GPU, tests of kernels interpret them; set here, since transformers imports triton, which reads it
+    # Without a GPU, tests of kernels interpret them; set here, since transformers imports triton, which reads it.
     os.environ.setdefault("TRITON_INTERPRET", "1")
 
 

@@ -23,7 +23,7 @@ def start_ray(with_forks: bool) -> Iterator[Any]:
         for attempt in range(3):
             with cluster.omit_services():
                 try:
-                    # address="local": a Ray that happens to run on the machine is not a test's to use
+                    # address="local": a Ray that happens to run on the machine is not a test's to use.
                     ray.init(address="local", **settings)
                     break
                 except Exception as error:  # Ray 2.60 gives up after 30 s on a busy machine

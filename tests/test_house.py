@@ -65,7 +65,7 @@ def test_every_entry_point_exists() -> None:
 def test_every_python_file_opens_with_a_docstring() -> None:
     texts = {str(path): (ROOT / path).read_text() for path in list_tracked_files() if path.suffix == ".py"}
     assert texts
-    # an empty `__init__.py` needs none
+    # An empty `__init__.py` needs none.
     assert not [name for name, text in texts.items() if text and not text.startswith(('"""', 'r"""'))]
 
 

@@ -9,9 +9,9 @@ import pytest
 ROOT = Path(__file__).parents[1]
 FORBIDDEN = {"cloudpickle", "dill", "jsonpickle", "marshal", "pickle", "shelve"}
 ALLOWED = {
-    # the error of a trial, which Ray has just written in a folder that only this user opens
+    # The error of a trial, which Ray has just written in a folder that only this user opens.
     "pipelines/search/driver.py": ["ray.cloudpickle"],
-    # a benchmark's plan for the processes that it starts
+    # A benchmark's plan for the processes that it starts.
     "jobs/bench/train.py": ["import pickle"],
 }
 """Pickles that only our processes can have written."""

@@ -74,6 +74,7 @@ from pipelines.data.shard_writer import make_shards
 from pipelines.data.text_tokenizer import load_text_tokenizer
 from redux.conversation import IMAGE_TOKEN, TEMPLATES, train_word_tokenizer
 from redux.image import load_pixels
+from redux.rounding import divide_up
 from redux.settings import ImageBackend
 
 INGEST_SIZE = 336
@@ -269,7 +270,7 @@ def make_files(root: Path, images: int, squares: bool) -> dict[str, Checksums]:
     if len({*exact}) < images or len({*fast}) < images:
         raise RuntimeError(f"{root}: got images with equal checksums, allowed: none")
     records = [_build_record(number) for number in range(images)]
-    options = ShardOptions(samples_per_shard=-(-images // INGEST_PARTS))
+    options = ShardOptions(samples_per_shard=divide_up(images, INGEST_PARTS))
     with use_temporary_folder(), open_ray_session():
         make_shards(records, str(root / "photos"), str(root / "shards"), options)
         if squares:

@@ -23,6 +23,7 @@ from pyarrow import ipc
 from pipelines.data import tars
 from pipelines.data.index_file import BLOCK_MARK, INDEX_FILE, MARK_LENGTH, ROWS_PER_BLOCK, STORED_SCHEMA
 from pipelines.data.shard_index import SUMMARY_FILE
+from redux.rounding import divide_up
 
 SAMPLES_PER_SHARD = 10_000
 SET_URL = "s3://bucket/set"
@@ -55,7 +56,7 @@ class TiledFile:
             tiles_start = max(start - len(self.head), 0)
             tiles_stop = min(stop, end) - len(self.head)
             number = tiles_start // len(self.tile)
-            tiles = self.tile * (-(-tiles_stop // len(self.tile)) - number)
+            tiles = self.tile * (divide_up(tiles_stop, len(self.tile)) - number)
             parts.append(tiles[tiles_start - number * len(self.tile) : tiles_stop - number * len(self.tile)])
         parts.append(self.tail[max(start - end, 0) : max(stop - end, 0)])
         return b"".join(parts)

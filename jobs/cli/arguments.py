@@ -6,7 +6,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any, TypeVar
 
-T = TypeVar("T")
+CommandOptions = TypeVar("CommandOptions")
 
 EXAMPLE_JOB = "jobs/recipes/quickstart.yaml"
 
@@ -66,7 +66,7 @@ def build_pair_parser(form: str) -> Callable[[str], tuple[str, str]]:
     return parse_pair
 
 
-def build_options(options_class: type[T], arguments: argparse.Namespace, **others: Any) -> T:
+def build_options(options_class: type[CommandOptions], arguments: argparse.Namespace, **others: Any) -> CommandOptions:
     """Build a dataclass of options.
 
     Args:

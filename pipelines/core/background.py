@@ -6,12 +6,13 @@ from collections.abc import Callable, Iterator
 from concurrent.futures import Future
 from typing import TypeVar
 
-T = TypeVar("T")
+WorkResult = TypeVar("WorkResult")
+FetchedItem = TypeVar("FetchedItem")
 
 
-def run_in_background(work: Callable[[], T]) -> Future[T]:
+def run_in_background(work: Callable[[], WorkResult]) -> Future[WorkResult]:
     """Run a function in a daemon thread, which ends with the process."""
-    future: Future[T] = Future()
+    future: Future[WorkResult] = Future()
 
     def run() -> None:
         try:
@@ -23,21 +24,21 @@ def run_in_background(work: Callable[[], T]) -> Future[T]:
     return future
 
 
-def read_ahead(items: Iterator[T], count: int) -> Iterator[T]:
+def read_ahead(items: Iterator[FetchedItem], count: int) -> Iterator[FetchedItem]:
     """Start a daemon thread that fetches items ahead, and return an iterator over them. Closing it ends the thread.
 
     Args:
         items: read in the thread, the first one at once.
         count: maximum number of items that wait, at least 1.
     """
-    fetched: queue.SimpleQueue[Future[T]] = queue.SimpleQueue()
+    fetched: queue.SimpleQueue[Future[FetchedItem]] = queue.SimpleQueue()
     free_slots = threading.Semaphore(count)
     is_closed = False
 
     def fetch() -> None:
         # Closing releases a slot, so a thread that waits here wakes up and then sees `is_closed`.
         while free_slots.acquire() and not is_closed:
-            item: Future[T] = Future()
+            item: Future[FetchedItem] = Future()
             try:
                 item.set_result(next(items))
             except BaseException as error:  # StopIteration included
@@ -46,7 +47,7 @@ def read_ahead(items: Iterator[T], count: int) -> Iterator[T]:
             if item.exception():
                 return
 
-    def iterate() -> Iterator[T]:
+    def iterate() -> Iterator[FetchedItem]:
         nonlocal is_closed
         try:
             while True:

@@ -41,7 +41,7 @@ LIBRARY_ENVIRONMENT = {
     "TRANSFORMERS_VERBOSITY": "error",
     "RAY_AIR_NEW_OUTPUT": "0",  # or Tune prints tables between our lines
     "RAY_TRAIN_HEALTH_CHECK_INTERVAL_S": "0.5",  # delay until a dead worker is noticed; Ray's default is 2
-    # time that workers wait for a machine that has just died, before Ray looks for others; Ray's default is 60
+    # Time that workers wait for a machine that has just died, before Ray looks for others; Ray's default is 60.
     "RAY_TRAIN_WORKER_GROUP_START_TIMEOUT_S": "20",
     "RAY_TRAIN_PREEMPTION_POLL_INTERVAL_S": "1",  # a notice may come only 30 s ahead; Ray's default is 5
 }
@@ -79,7 +79,7 @@ HTTP2_PREFACE = b"PRI * HTTP/2.0\r\n\r\nSM\r\n\r\n" + bytes(3) + HTTP2_SETTINGS_
 LOOPBACK_INTERFACE = "lo0" if sys.platform == "darwin" else "lo"
 
 LOOPBACK_ENVIRONMENT = {
-    # on Linux, Ray replaces 127.0.0.1 by the machine's address unless this is "0", as on other systems
+    # On Linux, Ray replaces 127.0.0.1 by the machine's address unless this is "0", as on other systems.
     ray_constants.ENABLE_RAY_CLUSTERS_ENV_VAR: "0",
     "GLOO_SOCKET_IFNAME": LOOPBACK_INTERFACE,  # connections between workers
     "NCCL_SOCKET_IFNAME": LOOPBACK_INTERFACE,
@@ -87,7 +87,7 @@ LOOPBACK_ENVIRONMENT = {
 """Environment that keeps Ray and its workers on the loopback interface."""
 
 UNUSED_SERVICES_ENVIRONMENT = {
-    # an actor that asks Ray each second if a machine will be preempted; nobody tells a private Ray
+    # This actor asks Ray each second if a machine will be preempted; nobody tells a private Ray.
     "RAY_TRAIN_ENABLE_PREEMPTION_WATCHER": "0",
 }
 """Environment that turns off services of which a private Ray has no use. On two cores each one slows the workers."""
@@ -136,7 +136,7 @@ def _connect(**settings: Any) -> None:
                 patch.object(ray_constants, "RAY_DISABLE_FAILURE_SIGNAL_HANDLER", True),
                 interrupts.defer_signals() if is_private() else nullcontext(),
             ):
-                # errors of workers are raised here as exceptions, so their logs are not needed
+                # Errors of workers are raised here as exceptions, so their logs are not needed.
                 ray.init(logging_level=logging.ERROR, log_to_driver=False, **settings)
             return
         except Exception as error:
@@ -183,7 +183,7 @@ def _private_settings() -> Iterator[dict[str, Any]]:
     finally:
         if not keep_folder:
             _remove_session_folders(set(_list_session_folders()) - folders)
-        # restore the environment, so that a later session may use a named cluster
+        # Restore the environment, so that a later session may use a named cluster.
         ray_constants.ENABLE_RAY_CLUSTER = enable_cluster
         for name, value in before.items():
             if value is None:
@@ -318,7 +318,7 @@ def _cluster_settings(address: str) -> Iterator[dict[str, Any]]:
             f"RAY_ADDRESS: {address} is {ip}, a public address, without a token; allowed: a private or loopback "
             "address, or RAY_AUTH_MODE=token here and where the cluster is started"
         )
-    # Ray itself would retry for minutes and then end the process, so TLS and the protocol are checked first
+    # Ray itself would retry for minutes and then end the process, so TLS and the protocol are checked first.
     _check_tls(address, endpoint)
     _check_protocol(address, endpoint)
     stopped = threading.Event()
@@ -358,7 +358,7 @@ def _check_tls(address: str, endpoint: tuple[str, int]) -> None:
     uses_tls = _uses_tls()
     context = ssl.SSLContext(ssl.PROTOCOL_TLS_CLIENT)
     context.set_alpn_protocols(["h2"])
-    # certificates as Ray reads them; without TLS here, only the other side's answer matters
+    # Certificates are read as Ray reads them; without TLS here, only the other side's answer matters.
     if uses_tls:
         try:
             context.load_verify_locations(os.environ["RAY_TLS_CA_CERT"])
@@ -372,7 +372,7 @@ def _check_tls(address: str, endpoint: tuple[str, int]) -> None:
     else:
         context.check_hostname = False
         context.verify_mode = ssl.CERT_NONE
-    # a handshake with the other side
+    # Do a handshake with the other side.
     answered = False
     try:
         with (
@@ -457,7 +457,7 @@ def count_processes_on_gpus(gpu_share: float) -> int:
 
 def count_local_cpus() -> int:
     """Count the CPUs of this machine that this process may use."""
-    # macOS has no affinity of processes
+    # macOS has no affinity of processes.
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 

@@ -145,11 +145,11 @@ def find_cause(error: BaseException) -> BaseException:
 def _unwrap(error: BaseException) -> BaseException | None:
     """Return the error that a wrapper of Ray 2.60 holds, or None if this is not a wrapper."""
     names = _class_names(error)
-    # of several workers, the error of the lowest kind
+    # Of several workers, take the error of the lowest kind.
     if "WorkerGroupError" in names:
         failures = getattr(error, "worker_failures", {}).values()
         return min(map(find_cause, failures), key=_classify, default=None)
-    # wrappers that hold their cause in an attribute
+    # Wrappers that hold their cause in an attribute.
     for name, attribute in (
         ("RayTaskError", "cause"),
         ("UserExceptionWithTraceback", "_base_exc"),
@@ -158,11 +158,11 @@ def _unwrap(error: BaseException) -> BaseException | None:
     ):
         inner = getattr(error, attribute, None) if name in names else None
         if isinstance(inner, BaseException):
-            # Ray Data's wrapper loses its cause when it is pickled, but the stack trace still contains it
+            # Ray Data's wrapper loses its cause when it is pickled, but the stack trace still contains it.
             if "UserCodeException" in _class_names(inner) and inner.__cause__ is None:
                 return _parse_trace(str(error)) or inner
             return inner
-    # wrappers that hold their cause elsewhere
+    # Wrappers that hold their cause elsewhere.
     if "UserCodeException" in names:
         return error.__cause__
     if "ActorDiedError" in names and getattr(error, "actor_init_failed", False):
@@ -225,7 +225,7 @@ def _format_error(error: BaseException) -> str:
     hint = f"; {CLASS_HINTS[name]}" if name in CLASS_HINTS else ""
     if isinstance(error, ValueError | ImportError) and text:
         return text
-    # an OSError without errno comes from pipelines.core.storage, whose text names the URL
+    # An OSError without errno comes from pipelines.core.storage, whose text names the URL.
     return (text if type(error) in (OSError, PermanentError) and text else f"{name}: {text}" if text else name) + hint
 
 

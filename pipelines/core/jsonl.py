@@ -14,7 +14,7 @@ def read(path: Path) -> list[dict[str, Any]]:
     Raises:
         ValueError: another line is not a JSON object. The message names file and line.
     """
-    # not splitlines(): other programs write JSON with line separators of Unicode in its texts
+    # Not splitlines(): other programs write JSON with line separators of Unicode in its texts.
     return [
         parse_line(line, number, path) for number, line in enumerate(_read_whole_lines(path).split("\n")[:-1], start=1)
     ]

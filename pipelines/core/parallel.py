@@ -7,19 +7,19 @@ import ray
 
 from pipelines.core import interrupts
 
-Item = TypeVar("Item")
-Result = TypeVar("Result")
+MappedItem = TypeVar("MappedItem")
+MappedResult = TypeVar("MappedResult")
 
 POLL_SECONDS = 0.5
 
 
-def map_bounded(task: Callable[..., Result], items: Iterable[Item], *args: Any) -> Iterator[Result]:
+def map_bounded(task: Callable[..., MappedResult], items: Iterable[MappedItem], *args: Any) -> Iterator[MappedResult]:
     """Run `task(item, *args)` in a Ray task per item, and yield results as they come.
 
     At most one item per CPU of the cluster and one more are in progress, so that `items` may be a generator of any
     length.
     """
-    # arguments of all tasks are stored once
+    # Arguments of all tasks are stored once.
     remote = ray.remote(num_cpus=1)(task)
     limit = max(int(ray.cluster_resources().get("CPU", 1)), 1) + 1
     shared = [ray.put(value) for value in args]
@@ -32,7 +32,7 @@ def map_bounded(task: Callable[..., Result], items: Iterable[Item], *args: Any) 
         while pending:
             yield _take_result(pending)
     finally:
-        # also after an error in `items`, or if the caller stops
+        # This also runs after an error in `items`, and if the caller stops.
         for task_ref in pending:
             ray.cancel(task_ref)
 
@@ -40,7 +40,7 @@ def map_bounded(task: Callable[..., Result], items: Iterable[Item], *args: Any) 
 def _take_result(pending: list[Any]) -> Any:
     """Wait for a result, and remove its task from the list."""
     while True:
-        # in short waits, since a signal's exception may be swallowed in a library
+        # Wait in short intervals, since a signal's exception may be swallowed in a library.
         interrupts.raise_if_interrupted()
         finished_refs, pending_refs = ray.wait(pending, num_returns=1, timeout=POLL_SECONDS)
         if finished_refs:

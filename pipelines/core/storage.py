@@ -65,7 +65,7 @@ from pipelines.core.storage_errors import (
 ByteRange = tuple[str, int, int]
 """URL, first byte, byte after the last."""
 
-T = TypeVar("T")
+RequestResult = TypeVar("RequestResult")
 
 MAX_CONCURRENT_REQUESTS = 64
 """Requests of one call that run at the same time."""
@@ -110,7 +110,7 @@ def read(url: str) -> bytes:
     """Read a whole file in one request. Large files are faster in ranges: see `map_file`."""
 
     def attempt(files: Any, path: str, seconds: float) -> bytes:
-        # otherwise s3fs asks for the size first (HEAD), and a failed HEAD has no body that gives the reason
+        # Otherwise s3fs asks for the size first (HEAD), and a failed HEAD has no body that gives the reason.
         options = {"max_concurrency": 1} if "s3" in files.protocol else {}
         data: bytes = _call(files, "cat_file", path, seconds=seconds, **options)
         return data
@@ -150,7 +150,7 @@ def read_ranges(ranges: Sequence[ByteRange]) -> list[bytes]:
     deadline = time.monotonic() + RETRY.deadline_s
     if all(is_local(url) for url, _, _ in ranges):
         return [_read_block(block, deadline) for block in ranges]
-    # merge near ranges into blocks; empty ranges need no request
+    # Merge near ranges into blocks; empty ranges need no request.
     nonempty = [byte_range for byte_range in ranges if byte_range[1] < byte_range[2]]
     if not nonempty:
         return [b""] * len(ranges)
@@ -159,7 +159,7 @@ def read_ranges(ranges: Sequence[ByteRange]) -> list[bytes]:
     blocks: list[ByteRange] = list(zip(*merged, strict=True))
     with ThreadPoolExecutor(MAX_CONCURRENT_REQUESTS) as pool:
         contents = list(pool.map(partial(_read_block, deadline=deadline), blocks))
-    # cut the ranges out of the blocks
+    # Cut the ranges out of the blocks.
     block_starts = [block[:2] for block in blocks]
     result = []
     for url, start, stop in ranges:
@@ -218,7 +218,7 @@ def open_writer(url: str) -> Iterator[IO[bytes]]:
                     url, lambda files, path, seconds: _call(files, "put_file", file.name, path, seconds=seconds)
                 )
     except OSError as error:
-        # an error of a write names no file, such as that of a full disk; errors of the block's other work do
+        # An error of a write names no file, such as that of a full disk; errors of the block's other work do.
         if error.errno and not error.filename:
             raise to_user_error(url, error, is_local=True) from None
         raise
@@ -356,7 +356,7 @@ class _LocalFiles:
     @staticmethod
     def ls(path: str, detail: bool = True) -> Iterator[dict[str, str]]:
         entries = os.scandir(path)  # here, so that a missing folder is an error at once
-        # one entry at a time: a folder may have millions
+        # Read one entry at a time: a folder may have millions.
         return (
             {"name": entry.name, "type": "file" if entry.is_file() else "directory" if entry.is_dir() else "other"}
             for entry in entries
@@ -405,7 +405,7 @@ def _open_filesystem(url: str) -> tuple[Any, str]:
         return _LocalFiles, url.rpartition("://")[2]
     options: dict[str, Any] = {"use_listings_cache": False}  # other processes write to the same folders
     on_s3 = split_protocol(url)[0] in ("s3", "s3a")
-    # botocore's retries are switched off here and those of s3fs below: see the module's docstring
+    # Retries of botocore are switched off here and those of s3fs below: see the module's docstring.
     if on_s3:
         options["config_kwargs"] = {
             "connect_timeout": RETRY.connect_timeout_s,
@@ -431,14 +431,16 @@ def _get_info(files: Any, path: str, seconds: float) -> dict[str, Any]:
     try:
         info: dict[str, Any] = _call(files, "info", path, seconds=seconds)
     except OSError as error:
-        # S3's response to HEAD has no body; that to GET gives the reason
+        # S3's response to HEAD has no body; that to GET gives the reason.
         if parse_response(error)[0] in ("400", "403"):
             _call(files, "cat_file", path, start=0, end=1, seconds=seconds)
         raise
     return info
 
 
-def _run_with_retries(url: str, work: Callable[[Any, str, float], T], deadline: float | None = None) -> T:
+def _run_with_retries(
+    url: str, work: Callable[[Any, str, float], RequestResult], deadline: float | None = None
+) -> RequestResult:
     """Run `work(filesystem, path, seconds_left)`, and retry it after transient errors.
 
     A local path is tried once, because the kernel retries before it reports an error.
@@ -457,7 +459,7 @@ def _run_with_retries(url: str, work: Callable[[Any, str, float], T], deadline: 
     start = time.monotonic()
     deadline = start + retry.deadline_s if deadline is None else deadline
 
-    def attempt() -> T:
+    def attempt() -> RequestResult:
         files, path = _open_filesystem(url)
         try:
             return work(files, path, max(deadline - time.monotonic(), 1e-3))  # 0 would mean no limit

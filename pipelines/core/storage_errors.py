@@ -55,7 +55,7 @@ def parse_response(error: BaseException) -> tuple[str, int]:
         if isinstance(response, dict):  # botocore
             status = response.get("ResponseMetadata", {}).get("HTTPStatusCode", 0)
             return str(response.get("Error", {}).get("Code", "")), int(status)
-        # requests, httpx, aiohttp and gcsfs keep the status in different attributes
+        # requests, httpx, aiohttp and gcsfs keep the status in different attributes.
         for owner, name in ((response, "status_code"), (cause, "status_code"), (cause, "status"), (cause, "code")):
             status = getattr(owner, name, None)
             if isinstance(status, int) and 400 <= status < 600:
@@ -84,7 +84,7 @@ def to_user_error(url: str, error: Exception, is_local: bool) -> Exception:
     if isinstance(error, FileExistsError | NotADirectoryError):
         return ValueError(f"{name}: {message}, allowed: a path whose folders are folders")
     if isinstance(error, FileNotFoundError | IsADirectoryError):
-        # a store says which part is missing, such as the bucket
+        # A store says which part is missing, such as the bucket.
         detail = "" if is_local and isinstance(error, FileNotFoundError) else f"; {message}"
         return ValueError(f"{name}: not found, allowed: an existing file{detail}")
     if isinstance(error, PermissionError) or "Credential" in type(error).__name__:

@@ -74,11 +74,11 @@ def index_tars(folder: str, max_bad_fraction: float = 0.0) -> IndexReport:
         )
     if storage.list_files(storage.join(folder, UNFINISHED_DIR)):
         raise ValueError(f"{folder}: an interrupted `redux shards make` is here, allowed: start that again instead")
-    # one task per tar; errors are collected, so that the message can count them
+    # There is one task per tar; errors are collected, so that the message can count them.
     names, notes = _list_tars(folder)
     report, errors = IndexReport(tars=len(names), notes=notes), []
     with IndexBuilder() as index:
-        # the quarantine list comes first: it explains a refusal
+        # The quarantine list comes first: it explains a refusal.
         with storage.open_writer(storage.join(folder, QUARANTINE_FILE)) as quarantine_list:
             for row in _map_tars([{"tar": storage.join(folder, name)} for name in names], _index_tar, "index"):
                 if row["error"]:
@@ -115,7 +115,7 @@ def _add_tar_report(report: IndexReport, tar_report: dict[str, Any]) -> list[dic
 def _list_tars(folder: str) -> tuple[list[str], list[str]]:
     """List the tars directly in a folder, and notes about tars below it. ValueError if there are none."""
     names = storage.list_files(folder)
-    # files that cannot be indexed
+    # Files that cannot be indexed.
     compressed = [name for name in names if name.lower().endswith(COMPRESSED_SUFFIXES)]
     if compressed:
         raise ValueError(
@@ -124,7 +124,7 @@ def _list_tars(folder: str) -> tuple[list[str], list[str]]:
         )
     if not_utf8 := [name for name in names if tars.to_utf8(name) != name]:
         raise ValueError(f"{folder}: got the file name {not_utf8[0]!a}, allowed: names in UTF-8")
-    # tars one level below, which users may expect to be indexed
+    # Tars one level below, which users may expect to be indexed.
     below = {
         name: sum(map(_is_tar, storage.list_files(storage.join(folder, name)))) for name in storage.list_folders(folder)
     }
@@ -148,20 +148,20 @@ def _describe_refusal(folder: str, report: IndexReport, max_bad_fraction: float)
     if not rejected:
         return f"{folder}: no samples in {report.tars} tars, allowed: at least one"
     counts = ", ".join(f"{count} {reason}" for reason, count in rejected.items())
-    first = report.rejections.first
-    # advice for the two usual mistakes: members that do not stand together, and records of another form
+    rejection = report.rejections.first_entry
+    # Advice for the two usual mistakes: members that do not stand together, and records of another form.
     reasons, advice = set(rejected), ""
     if "split sample" in reasons or ("no record" in reasons and reasons & {"tag without image", "missing image"}):
         advice = (
             "; members of a sample must stand together and share their path up to the first dot, KEY.jpg and KEY.json: "
             "put them into one folder, and pack it by tar --sort=name"
         )
-    elif reasons & {"malformed", "no record"}:
+    elif reasons & {"wrong fields", "no record"}:
         advice = (
             "; KEY.json must hold LLaVA's record with conversations: `redux shards make --source` reads tars with "
             "captions or other conversations"
         )
-    example = f"{tars.escape_unprintable(first['key'])} of {first['shard']}: {first['explanation']}"
+    example = f"{tars.escape_unprintable(rejection['key'])} of {rejection['shard']}: {rejection['explanation']}"
     return (
         f"{folder}: {rejected.total()} of {report.samples + rejected.total()} samples cannot be used ({counts}; first "
         f"{example}), allowed: {max_bad_fraction:.2%}{advice}; {storage.join(folder, QUARANTINE_FILE)} lists them"
@@ -191,14 +191,14 @@ def verify_set(folder: str, decode: bool = False) -> list[str]:
     if summary and summary.get("samples", len(shards)) != len(shards):
         path = storage.join(folder, SUMMARY_FILE)
         errors.append(f"{path}: says {summary['samples']} samples were kept, the index has {len(shards)}")
-    # rows of each shard as (first row, number of rows); a tar that the index lacks has none
+    # Rows of each shard as (first row, number of rows); a tar that the index lacks has none.
     sizes = shards.shard_sizes
     spans = zip((np.cumsum(sizes) - sizes).tolist(), sizes.tolist(), strict=True)
     rows = dict(zip(shards.shard_names, spans, strict=True))
     for name in storage.list_files(folder):
         if _is_tar(name) and name not in rows:
             rows[name] = (0, 0)
-    items = [{"tar": name, "first": first, "rows": count} for name, (first, count) in rows.items()]
+    items = [{"tar": name, "start": start, "rows": count} for name, (start, count) in rows.items()]
     for row in _map_tars(items, _verify_tar, "verify", shards, decode):
         errors += row["errors"]
     return errors
@@ -218,7 +218,7 @@ def _map_tars(items: list[dict[str, Any]], task: Any, name: str, *args: Any) -> 
 def _index_tar(item: dict[str, str]) -> dict[str, Any]:
     """Index one tar. Returns its part of the index, and its counts and notes as JSON. Runs in a Ray task."""
     name = item["tar"].rpartition("/")[2]
-    # errors are values: the caller counts them over all tars
+    # Errors are values: the caller counts them over all tars.
     try:
         data = storage.map_file(item["tar"])
         tar = tars.read_tar(data, item["tar"])
@@ -265,7 +265,7 @@ def _verify_tar(item: dict[str, Any], shards: Shards, decode: bool) -> dict[str,
         data = storage.map_file(tar)
     except ValueError as error:
         return {"errors": [str(error)]}
-    rows = shards.read_rows(range(item["first"], item["first"] + item["rows"]))
+    rows = shards.read_rows(range(item["start"], item["start"] + item["rows"]))
     is_damaged = False
     for row in rows:
         part = data[row["offset"] : row["offset"] + row["length"]]
@@ -289,7 +289,7 @@ def _compare_with_index(data: tars.BytesLike, name: str, url: str, rows: list[di
         tar = tars.read_tar(data, url)
     except ValueError as error:
         return [str(error)]
-    # by offset, since keys may repeat
+    # The offset identifies a sample, since keys may repeat.
     rejected = {sample.offset: sample for sample in tar.samples if sample.rejection_reason}
     unindexed = {row["offset"]: row for row in tars.make_index_rows(tar, data, name)}
     if unindexed and not rows:

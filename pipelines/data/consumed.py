@@ -55,13 +55,13 @@ def gather_samples(
     counts = torch.tensor([len(position), len(replaced)], device=device)
     dist.all_reduce(counts)
     size, num_replaced = counts.tolist()
-    # each rank fills in its samples, at their positions in the global batch
+    # Each rank fills in its samples, at their positions in the global batch.
     columns = np.zeros((2, size), np.int64)
     columns[:, position % size] = source, sample
     gathered = torch.from_numpy(columns).to(device)
     dist.all_reduce(gathered)
     source, sample = gathered.cpu().numpy()
-    # replacements are rare, so their lists are gathered only if there are any
+    # Replacements are rare, so their lists are gathered only if there are any.
     if num_replaced:
         lists: list[Any] = [None] * dist.get_world_size()
         dist.all_gather_object(lists, replaced)
@@ -113,7 +113,7 @@ def verify_coverage(
     Returns:
         The use of the set by each stage, and one message per error.
     """
-    # one pass over the log, so it may be larger than the memory
+    # One pass over the log, so it may be larger than the memory.
     stages: dict[str, _StageProgress] = {}
     errors = []
     for number, line in enumerate(lines, start=1):
@@ -126,7 +126,7 @@ def verify_coverage(
         if (stage := step["stage"]) not in stages:
             stages[stage] = _StageProgress(Coverage(stage), bytearray(num_samples), frozenset(held_out))
         errors += [f"{log}: stage {stage}: {error}" for error in stages[stage].add_step(step, name)]
-    # the last epoch of a stage has no end at which repeats are checked
+    # The last epoch of a stage has no end at which repeats are checked.
     for stage, progress in stages.items():
         errors += [f"{log}: stage {stage}: {error}" for error in progress.check_repeats()]
     coverages = [progress.coverage for progress in stages.values() if progress.coverage.samples]
@@ -139,12 +139,12 @@ def verify_coverage(
 class _StageProgress:
     """Progress of the check through a stage.
 
-    seen: one byte per sample, 1 if the current epoch has used it. held_out: samples that must not be used. batch_size:
-    size of the stage's global batches. repeated: samples that the current epoch has used again.
+    use_flags: one byte per sample, 1 if the current epoch has used it. held_out: samples that must not be used.
+    batch_size: size of the stage's global batches. repeated: samples that the current epoch has used again.
     """
 
     coverage: Coverage
-    seen: bytearray
+    use_flags: bytearray
     held_out: frozenset[int]
     batch_size: int = 0
     repeated: list[int] = field(default_factory=list)
@@ -152,7 +152,7 @@ class _StageProgress:
     def add_step(self, step: dict[str, Any], name: str) -> Iterator[str]:
         """Count a step, and yield errors in it or in epochs that end in it."""
         number, numbers, coverage = step["step"], list(step["samples"].get(name, [])), self.coverage
-        # number and size of the step
+        # Check number and size of the step.
         if number != coverage.steps + 1:
             yield f"step {number} follows step {coverage.steps}, allowed: {coverage.steps + 1}"
         coverage.steps = number
@@ -162,28 +162,28 @@ class _StageProgress:
             yield f"step {number}: {batch_size} samples, allowed: {self.batch_size}, as in the first"
         if forbidden := [sample for sample in numbers if sample in self.held_out]:
             yield f"step {number}: used held-out samples {_format_samples(forbidden)}"
-        # put the scheduled samples in place of their replacements
+        # Put the scheduled samples in place of their replacements.
         for entry in step["replaced"]:
             if entry["set"] == name:
                 used = entry["used"]
                 index = entry["index"]
-                if numbers[index : index + 1] != [used] or not 0 <= used < len(self.seen):
+                if numbers[index : index + 1] != [used] or not 0 <= used < len(self.use_flags):
                     yield f"step {number}: sample {used} is listed as a replacement, but was not used there"
                     continue
                 numbers[index] = entry["scheduled"]
                 coverage.replaced += 1
-        # mark the samples; an epoch may end in the middle of a step
-        outside = [sample for sample in numbers if not 0 <= sample < len(self.seen)]
+        # Mark the samples; an epoch may end in the middle of a step.
+        outside = [sample for sample in numbers if not 0 <= sample < len(self.use_flags)]
         if outside:
-            yield f"step {number}: samples {_format_samples(outside)}, allowed: 0 to {len(self.seen) - 1}"
+            yield f"step {number}: samples {_format_samples(outside)}, allowed: 0 to {len(self.use_flags) - 1}"
         for sample in numbers:
             if sample not in outside:
-                if self.seen[sample]:
+                if self.use_flags[sample]:
                     self.repeated.append(sample)
-                self.seen[sample] = 1
+                self.use_flags[sample] = 1
             coverage.samples += 1
             coverage.partial_samples += 1
-            if coverage.partial_samples == len(self.seen) - len(self.held_out):
+            if coverage.partial_samples == len(self.use_flags) - len(self.held_out):
                 yield from self._end_epoch()
 
     def check_repeats(self) -> Iterator[str]:
@@ -194,10 +194,11 @@ class _StageProgress:
 
     def _end_epoch(self) -> Iterator[str]:
         yield from self.check_repeats()
-        missing = [sample for sample, seen in enumerate(self.seen) if not seen and sample not in self.held_out]
+        unused = [sample for sample, is_used in enumerate(self.use_flags) if not is_used]
+        missing = [sample for sample in unused if sample not in self.held_out]
         if missing:
             yield f"epoch {self.coverage.epochs}: {len(missing)} samples are missing: {_format_samples(missing)}"
-        self.seen, self.repeated = bytearray(len(self.seen)), []
+        self.use_flags, self.repeated = bytearray(len(self.use_flags)), []
         self.coverage.epochs += 1
         self.coverage.partial_samples = 0
 
@@ -216,7 +217,7 @@ def _parse_step(line: bytes) -> dict[str, Any] | None:
         names = [step["stage"], *(entry["set"] for entry in replaced)]
     except (ValueError, LookupError, TypeError, AttributeError):
         return None
-    # exact types, since True is an instance of int
+    # Compare exact types, since True is an instance of int.
     has_types = all(type(number) is int for number in [step["step"], *numbers]) and all(
         type(name) is str for name in names
     )

@@ -56,7 +56,7 @@ class DigestSet:
     def _open(self, num_slots: int) -> None:
         """Make an empty table."""
         with tempfile.TemporaryFile() as file:
-            # a file with holes would end the process if the disk is full later
+            # A file with holes would end the process if the disk is full later.
             for _ in range(0, num_slots * DIGEST_BYTES, len(_ZEROS)):
                 file.write(_ZEROS)
             file.flush()

@@ -176,7 +176,7 @@ def _derive_attribute(pairs: QuestionAnswers, values: tuple[str, ...]) -> str | 
         named = {answer, *re.findall(r"\w+", question)} & set(values)
         if not named:
             continue
-        # "is it not red?" with "no" means red
+        # The answer "no" to "is it not red?" means red.
         denied = bool(re.search(r"\b(not|no)\b", question)) != (answer == "no")
         possible = possible - named if denied else possible & named
     return possible.pop() if len(possible) == 1 else None

@@ -77,13 +77,13 @@ class StoredFeatures:
 
     def __init__(self, folder: str, shards: Shards) -> None:
         self.folder, self.shards = folder, shards
-        found = read_format(folder)
-        if found is None:
+        header = read_format(folder)
+        if header is None:
             raise ValueError(f"{folder}: no features here, allowed: a folder of `redux shards features`")
-        self.format, fingerprint, is_finished = found
+        self.format, fingerprint, is_finished = header
         if not is_finished:
             raise ValueError(f"{folder}: features are unfinished, allowed: start `redux shards features` again first")
-        # reads the whole index, once per stage
+        # This reads the whole index, once per stage.
         if fingerprint != shards.fingerprint:
             raise ValueError(
                 f"{folder}: got features of another set than {shards.folder}, or the set was made again; allowed: "
@@ -106,9 +106,9 @@ class StoredFeatures:
         ranges = []
         for number in numbers:
             shard = int(np.searchsorted(stops, number, side="right"))
-            first = int(stops[shard - 1]) if shard else 0
-            # the position of a record in its file: the images before it in its shard
-            position = int(self._images_before[number] - self._images_before[first])
+            start = int(stops[shard - 1]) if shard else 0
+            # The position of a record in its file: the images before it in its shard.
+            position = int(self._images_before[number] - self._images_before[start])
             ranges.append((storage.join(self.folder, name_file(shard)), position * size, (position + 1) * size))
         result = []
         rows = self.shards.read_rows(numbers)
@@ -116,7 +116,7 @@ class StoredFeatures:
             digest, features = data[:IMAGE_DIGEST_BYTES], data[IMAGE_DIGEST_BYTES:]
             if not any(digest):
                 raise ValueError(f"{url}: sample {row['key']}: no features, because its image cannot be used")
-            # the checksum of the sample is part of it, so a file of another sample is noticed as well
+            # The checksum of the sample is part of it, so a file of another sample is noticed as well.
             if digest != compute_digest(row["sha256"], features):
                 raise ValueError(f"{url}: sample {row['key']}: features differ from their checksum")
             result.append(features)

@@ -194,7 +194,7 @@ def add_instruction(name: str, question: str, answer: str, rng: random.Random) -
     wordings, respond = INSTRUCTION_FORMS[name]
     arguments = _draw_arguments(name, rng)
     texts = {key: ", ".join(value) if key == "keywords" else value for key, value in arguments.items()}
-    # the wording is drawn before the response: the order of draws determines the set
+    # The wording is drawn before the response: the order of draws determines the set.
     prompt = f"{question} {rng.choice(wordings).format(**texts)}"
     return prompt, respond(answer, arguments, rng)
 

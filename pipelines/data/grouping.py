@@ -53,7 +53,7 @@ class LengthGroups:
         if len(modality) != len(lengths):
             raise ValueError(f"lengths: got {len(lengths)}, allowed: {len(modality)}, one for each modality")
         counts = tuple(np.unique(modality, return_counts=True)[1].tolist())
-        # a process keeps these numbers as long as the stage runs: 4 bytes a sample
+        # A process keeps these numbers as long as the stage runs: 4 bytes a sample.
         numbers = np.argsort(modality, kind="stable").astype(np.min_scalar_type(max(len(modality) - 1, 0)))
         return cls(counts=counts, lengths=lengths.__getitem__, megabatch=megabatch, numbers=numbers)
 
@@ -68,7 +68,7 @@ class LengthGroups:
             seed: seed of the permutations.
             epoch: number of the epoch.
         """
-        # an epoch has a head (the end of a batch of the previous epoch), full batches, and a tail
+        # An epoch has a head (the end of a batch of the previous epoch), full batches, and a tail.
         samples = sum(self.counts)
         head = min(-epoch * samples % global_batch_size, samples)
         full = (samples - head) // global_batch_size
@@ -76,7 +76,7 @@ class LengthGroups:
         if pure.sum() > full:
             pure[pure.argmax()] -= 1  # the epoch's head and tail need its samples
         num_in_pure = int(pure.sum()) * global_batch_size
-        # a full batch is exchanged for another one by the permutation of batches; the first ones are of one modality
+        # A full batch is exchanged for another one by the permutation of batches; the first ones are of one modality.
         after_head = positions - head
         batch = int(after_head[0]) // global_batch_size
         if 0 <= batch < full:
@@ -84,7 +84,7 @@ class LengthGroups:
             if permuted < pure.sum():
                 return self._take_sorted(permuted, pure, global_batch_size, seed, epoch)
             after_head += (permuted - batch) * global_batch_size
-        # leftovers fill the mixed batches, then the tail of the epoch, then its head
+        # Leftovers fill the mixed batches, then the tail of the epoch, then its head.
         leftover_positions = after_head + (samples if batch < 0 else 0) - num_in_pure
         return self._take_leftovers(leftover_positions, pure * global_batch_size, seed, epoch)
 
@@ -92,14 +92,14 @@ class LengthGroups:
         self, batch: int, pure: Int[np.ndarray, " modalities"], global_batch_size: int, seed: int, epoch: int
     ) -> Int[np.ndarray, " global_batch_size"]:
         """Return a batch of one modality, sorted by length. `batch` counts through the modalities."""
-        # modality and megabatch of the batch
+        # Modality and megabatch of the batch.
         ends = np.cumsum(pure)
         modality = int(np.searchsorted(ends, batch, side="right"))
         megabatch, index = divmod(batch - int(ends[modality] - pure[modality]), self.megabatch)
         stop = min((megabatch + 1) * self.megabatch, int(pure[modality]))
         ranks = np.arange(megabatch * self.megabatch * global_batch_size, stop * global_batch_size)
-        # sort the megabatch, and cut the batch out of it
-        samples = self._take(modality, ranks, seed, epoch)
+        # Sort the megabatch, and cut the batch out of it.
+        samples = self._take_ranks(modality, ranks, seed, epoch)
         by_length = samples[np.argsort(self.lengths(samples), kind="stable")]
         return by_length[index * global_batch_size : (index + 1) * global_batch_size]
 
@@ -118,10 +118,10 @@ class LengthGroups:
         result = np.empty_like(positions)
         for modality in np.unique(modalities):
             in_modality = modalities == modality
-            result[in_modality] = self._take(int(modality), ranks[in_modality], seed, epoch)
+            result[in_modality] = self._take_ranks(int(modality), ranks[in_modality], seed, epoch)
         return result
 
-    def _take(
+    def _take_ranks(
         self, modality: int, ranks: Int[np.ndarray, " ranks"], seed: int, epoch: int
     ) -> Int[np.ndarray, " ranks"]:
         """Return the samples at ranks of the modality's permutation."""

@@ -53,9 +53,9 @@ def check_image(image: bytes) -> str:
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # about metadata, and about sizes that training accepts
-            with Image.open(io.BytesIO(image)) as opened:
-                suffix = SUFFIX_BY_FORMAT.get(opened.format or "", "img")
-                opened.convert("RGB")
+            with Image.open(io.BytesIO(image)) as picture:
+                suffix = SUFFIX_BY_FORMAT.get(picture.format or "", "img")
+                picture.convert("RGB")
     except UnidentifiedImageError:  # its text has an address in memory
         pointer = image.startswith(records.LFS_POINTER.encode())
         raise ValueError(records.LFS_ADVICE if pointer else "no format that Pillow knows") from None
@@ -116,7 +116,7 @@ class ImageFolder:
         if not self.is_local or not self._hints:
             return ""
         self._hints -= 1
-        # too many folders in the path first, then a folder too few
+        # Try with too many folders in the path first, then with a folder too few.
         parts = [part for part in path.replace("\\", "/").split("/") if part not in ("", ".", "..")]
         for depth in range(1, len(parts)):
             shorter = "/".join(parts[depth:])
@@ -144,14 +144,14 @@ class ImageFolder:
 
     def _to_relative(self, path: str) -> list[str]:
         """List interpretations of a path as relative paths within the folder; [] if all lead out of it."""
-        # URLs: only those of this folder
+        # Of URLs, allow only those of this folder.
         if path[:7].lower() == "file://":
             paths = [path[7:], unquote(path[7:])] if self.is_local else []
         elif URL_SCHEME.match(path):
             paths = [path.removeprefix(f"{self.url}/")] if path.startswith(f"{self.url}/") else []
         else:
             paths = [path]
-        # absolute paths: only those below a root; relative ones: only without leading ".."
+        # Allow absolute paths only below a root, and relative ones only without leading "..".
         relative = []
         for candidate in paths:
             if candidate.startswith("/"):
@@ -174,7 +174,7 @@ class ImageFolder:
         is_file = _is_regular_file(os.path.join(path, name))
         if is_file is not None:
             return os.path.join(path, name) if is_file else None
-        # part by part, so that each folder of the path may have other case
+        # Look up part by part, so that each folder of the path may have other case.
         for part in name.split("/"):
             if not os.path.lexists(os.path.join(path, part)):
                 matches = self._list_folded(path).get(_fold_name(part), [])

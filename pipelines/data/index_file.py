@@ -30,6 +30,7 @@ from jaxtyping import Int64, Shaped
 from pyarrow import ipc
 
 from pipelines.core import storage
+from redux.rounding import divide_up
 
 INDEX_FILE = "index.arrow"
 
@@ -186,8 +187,8 @@ def write_blocks(file: Any, table: pa.Table, fingerprint: str = "") -> None:
     schema = table.schema.set(column, pa.field("shard", pa.int32())).with_metadata(metadata)
     columns = [*rows.columns[:column], shard.indices, *rows.columns[column + 1 :]]
     stored = pa.RecordBatch.from_arrays(columns, schema=schema)
-    # one block at a time: a list of all would grow with the set
-    blocks = (stored.slice(first, ROWS_PER_BLOCK) for first in range(0, stored.num_rows, ROWS_PER_BLOCK))
+    # Write one block at a time: a list of all would grow with the set.
+    blocks = (stored.slice(start, ROWS_PER_BLOCK) for start in range(0, stored.num_rows, ROWS_PER_BLOCK))
     _write_file(file, blocks, schema, {BLOCK_MARK: fingerprint[:MARK_LENGTH]})
 
 
@@ -249,14 +250,14 @@ class IndexFile:
         size = len(self._map) if self._map is not None else storage.get_size(self._path)
         footer = self._read_footer(size)
         try:
-            # Arrow needs no block to parse the footer
+            # Arrow needs no block to parse the footer.
             parsed = ipc.open_file(pa.py_buffer(MAGIC + b"\0\0" + footer))
         except (pa.ArrowException, OSError) as error:
             raise self.damaged(error) from None
         is_former = parsed.schema.equals(INDEX_SCHEMA)
         if is_former:
             self._data = self._map if self._map is not None else storage.map_file(self._path)
-        # from here on nothing is read: an error of the storage is not taken for damage
+        # From here on nothing is read: an error of the storage is not taken for damage.
         try:
             if is_former:
                 self._open_single()
@@ -275,7 +276,7 @@ class IndexFile:
         self._fingerprint = str(about["fingerprint"])
         self._rows_per_block, self._length = max(int(about["rows_per_block"]), 1), int(self.shard_sizes.sum())
         self._positions = _parse_positions(footer)
-        if {len(self._positions), parsed.num_record_batches} != {-(-self._length // self._rows_per_block)}:
+        if {len(self._positions), parsed.num_record_batches} != {divide_up(self._length, self._rows_per_block)}:
             raise ValueError(f"{len(self._positions)} blocks, which are not those of {self._length} samples")
         if len(self.shard_names) != len(self.shard_sizes) or (self.shard_sizes < 0).any():
             raise ValueError(f"{len(self.shard_names)} names and {len(self.shard_sizes)} sizes of shards")
@@ -336,7 +337,7 @@ class IndexFile:
 
     def read_column(self, name: str) -> Shaped[np.ndarray, " samples"]:
         """Read a whole column of numbers."""
-        # filled block by block, because the blocks of a whole index take more memory
+        # Fill the column block by block, because the blocks of a whole index take more memory.
         column = np.empty(len(self), STORED_SCHEMA.field(name).type.to_pandas_dtype())
         start = 0
         for block in self._iterate_blocks():
@@ -352,7 +353,7 @@ class IndexFile:
             ValueError: a row is damaged.
         """
         table, positions = self._select(numbers)
-        # check the keys first: Arrow does not, and would read outside of the block
+        # Check the keys first: Arrow does not, and would read outside of the block.
         shard = table["shard"].combine_chunks().to_numpy()[positions]
         if ((shard < 0) | (shard >= len(self.shard_names))).any():
             raise self.damaged("a row of no shard")
@@ -372,7 +373,7 @@ class IndexFile:
     def validate(self) -> None:
         """Check all rows. ValueError if they are damaged."""
         start = 0
-        # names of shards may not repeat, and samples of a shard stand together
+        # Names of shards may not repeat, and samples of a shard stand together.
         owner = np.repeat(np.arange(len(self.shard_names)), self.shard_sizes)
         try:
             for block in self._iterate_blocks():
@@ -394,7 +395,7 @@ class IndexFile:
             raise IndexError(f"{self.folder}: got sample {outside[0]}, allowed: 0 to {len(self) - 1}")
         blocks, inverse = np.unique(selected // self._rows_per_block, return_inverse=True)
         table = pa.Table.from_batches(self._load(blocks.tolist()), STORED_SCHEMA)
-        # all blocks are full, except the last one of the file, which is the last one here, too
+        # All blocks are full, except the last one of the file, which is the last one here, too.
         return table, inverse * self._rows_per_block + selected % self._rows_per_block
 
     def _load(self, numbers: Sequence[int]) -> list[pa.RecordBatch]:
@@ -403,7 +404,7 @@ class IndexFile:
             return [self._single][: len(numbers)]
         missing = [number for number in numbers if number not in self._cache]
         read = dict(zip(missing, self._read_blocks(missing), strict=True))
-        # the blocks that were used last come last
+        # The blocks that were used last come last.
         loaded = {number: read[number] if number in read else self._cache.pop(number) for number in numbers}
         self._cache |= loaded
         for number in list(self._cache)[:-MAX_CACHED_BLOCKS]:
@@ -415,8 +416,8 @@ class IndexFile:
         if self._single is not None:
             yield self._single
             return
-        for first in range(0, len(self._positions), SCAN_BLOCKS):
-            yield from self._read_blocks(range(first, min(first + SCAN_BLOCKS, len(self._positions))))
+        for start in range(0, len(self._positions), SCAN_BLOCKS):
+            yield from self._read_blocks(range(start, min(start + SCAN_BLOCKS, len(self._positions))))
 
     def _read_blocks(self, numbers: Sequence[int]) -> list[pa.RecordBatch]:
         """Read and check blocks."""

@@ -48,6 +48,7 @@ from redux.conversation import (
     split_system,
 )
 from redux.image import load_pixels
+from redux.rounding import divide_up
 from redux.settings import ImageAspectRatio, ImageBackend
 
 if TYPE_CHECKING:
@@ -163,10 +164,10 @@ class Reader:
         position, source, scheduled = self._schedule(number)
         if out is None:
             out = np.empty((len(position), *self.image_shape), np.uint8)
-        # read the samples together, then encode one by one and replace unusable samples
+        # Read the samples together, then encode one by one and replace unusable samples.
         rows, replaced = [], []
         used = scheduled.copy()
-        # rows of `out` by index of the sample in the micro-batch
+        # Rows of `out` by index of the sample in the micro-batch.
         image_rows: dict[int, int] = {}
         for index, stored_sample in enumerate(self._read_or_none(source, scheduled)):
             row, image, entry = self._encode_or_replace(
@@ -180,11 +181,11 @@ class Reader:
                 replaced.append(entry)
                 used[index] = entry["used"]
         images = out[: len(image_rows)]
-        # rows follow from the samples that are used, replacements included
+        # Rows follow from the samples that are used, replacements included.
         if self.packing:
             layout = lay_rows([len(row["input_ids"]) for row in rows], self.packing.max_length)
             rows = join_rows(rows, layout)
-            # samples and images in the order of the rows
+            # Samples and images in the order of the rows.
             indices = np.concatenate([np.array(members) for members in layout])
             position, source, used = position[indices], source[indices], used[indices]
             images = images[[image_rows[index] for index in indices.tolist() if index in image_rows]]
@@ -200,14 +201,14 @@ class Reader:
 
     def read_block(self, numbers: Sequence[int]) -> dict[str, Any]:
         """Make several micro-batches as columns, one row each. Full image batches are not copied again."""
-        # packed micro-batches have different numbers of samples, so no array holds the images of all
+        # Packed micro-batches have different numbers of samples, so no array holds the images of all.
         if self.packing:
             packed = [self(number) for number in numbers]
             return {name: [batch[name] for batch in packed] for name in packed[0]}
         out = np.empty((len(numbers), self.micro_batch_size, *self.image_shape), np.uint8)
         batches = [self(number, batch_out) for number, batch_out in zip(numbers, out, strict=True)]
         columns: dict[str, Any] = {name: [batch[name] for batch in batches] for name in batches[0]}
-        # one dense array, if no sample is text only
+        # One dense array, if no sample is text only.
         if all(len(images) == self.micro_batch_size for images in columns[self.image_column]):
             columns[self.image_column] = out
         return columns
@@ -232,7 +233,7 @@ class Reader:
         batch, offset = divmod(number * size, self.order.global_batch_size)
         source, scheduled = _cached_global_batch(self.order, batch)
         indices = np.arange(offset, offset + size)
-        # every reader divides the whole global batch, and takes the part of its micro-batch
+        # Every reader divides the whole global batch, and takes the part of its micro-batch.
         if self.packing:
             lengths = self._estimate_lengths(source, scheduled)
             indices = np.array(divide_evenly(lengths, self.order.global_batch_size // size)[offset // size])
@@ -261,7 +262,7 @@ class Reader:
         Raises:
             ValueError: a sample or its features are damaged, or has no features because its image cannot be used.
         """
-        # the whole sample is read, so that its checksum is checked here as without features
+        # The whole sample is read, so that its checksum is checked here as without features.
         sets = list(self.sources.values())
         samples = read_samples([(sets[index], number) for index, number in zip(source, numbers, strict=True)])
         for set_index, name in enumerate(self.sources):
@@ -297,7 +298,7 @@ class Reader:
                 row, image = self._encode(stored_sample or self._read_samples([source], [used])[0], position)
             except ValueError as error:
                 reason = reason or describe_failure(shards, used, error)
-                # seeded by the position, so that every reader draws the same replacement
+                # The generator is seeded by the position, so that every reader draws the same replacement.
                 rng = np.random.default_rng((self.order.seed, position, attempt))
                 numbers = rng.integers(self.order.samples[source], size=1)
                 used = int(self.order.get_rows(source, numbers)[0])
@@ -329,7 +330,7 @@ class Reader:
         check_record(sample)
         rng = np.random.default_rng((self.order.seed, position)) if self.random_flip or self.max_rounds else None
         image = self._load_image(sample.image) if sample.image else None
-        # the draw for the flip comes first, also without an image: it sets the state for the rounds
+        # The draw for the flip comes first, also without an image: it sets the state for the rounds.
         if self.random_flip and rng and rng.random() < 0.5 and image is not None:
             image = image[:, ::-1]
         if self.max_rounds and rng:
@@ -345,7 +346,7 @@ class Reader:
 
 def check_record(sample: StoredSample) -> None:
     """Raise a ValueError if the record of a stored sample would be rejected."""
-    # foreign tars may hold anything; an image without a tag would be matched with another sample's tag
+    # Foreign tars may hold anything; an image without a tag would be matched with another sample's tag.
     checked = {"conversations": sample.record.get("conversations")}
     if rejection := find_rejection({**checked, "image": "image"} if sample.image else checked, None):
         raise ValueError(f"{rejection.reason}: {rejection.explanation}: {rejection.field}: got {rejection.value}")
@@ -396,21 +397,21 @@ class BlockLayout(NamedTuple):
     def count_blocks(self) -> int:
         """Count the blocks."""
         after_first = max(self.stop - self.start - self.workers, 0)
-        # each worker has a block in each round
+        # Each worker has a block in each round.
         first_round = int(self.stop > self.start)
-        later_rounds = -(-after_first // (self.size * self.workers))
+        later_rounds = divide_up(after_first, self.size * self.workers)
         return (first_round + later_rounds) * self.workers
 
     def describe_block(self, number: int) -> dict[str, int]:
-        """Describe a block: it has every `workers`-th micro-batch from `first` to `end` - 1."""
+        """Describe a block: it has every `workers`-th micro-batch from `start` to `stop` - 1."""
         round_number, worker = divmod(number, self.workers)
-        # blocks of round 0 have one micro-batch, those of later rounds `size`
+        # Blocks of round 0 have one micro-batch, those of later rounds `size`.
         if round_number == 0:
             start, size = self.start, 1
         else:
             start, size = self.start + (1 + (round_number - 1) * self.size) * self.workers, self.size
         end = start + size * self.workers
-        return {"first": start + worker, "end": min(end, self.stop)}
+        return {"start": start + worker, "stop": min(end, self.stop)}
 
 
 class BlockSequence(Sequence[dict[str, int]]):
@@ -427,8 +428,8 @@ class BlockSequence(Sequence[dict[str, int]]):
         if not 0 <= number < len(self):
             raise IndexError(number)
         segment = int(np.searchsorted(self.ends, number, side="right"))
-        first = int(self.ends[segment - 1]) if segment else 0
-        return {"segment": segment, **self.layouts[segment].describe_block(number - first)}
+        segment_start = int(self.ends[segment - 1]) if segment else 0
+        return {"segment": segment, **self.layouts[segment].describe_block(number - segment_start)}
 
 
 def make_dataset(reader: Reader, start: int, stop: int, workers: int, leaves_cpus: bool = True) -> ray.data.Dataset:
@@ -491,8 +492,8 @@ class _BlockReader:
         self.readers, self.workers = readers, workers
 
     def __call__(self, rows: Batch) -> dict[str, Any]:
-        segment, first, end = (int(rows[name][0]) for name in ("segment", "first", "end"))
-        return self.readers[segment].read_block(range(first, end, self.workers))
+        segment, start, stop = (int(rows[name][0]) for name in ("segment", "start", "stop"))
+        return self.readers[segment].read_block(range(start, stop, self.workers))
 
 
 def read_stream(stream: ray.data.DataIterator, prefetched_blocks: int = 1) -> Iterator[Batch]:
@@ -504,7 +505,7 @@ def read_stream(stream: ray.data.DataIterator, prefetched_blocks: int = 1) -> It
         stream: see `make_streams`.
         prefetched_blocks: maximum number of blocks that are fetched ahead.
     """
-    # Ray Data 2.60 would fetch ahead, too, but would yield the first block only after all those ahead of it
+    # Ray Data 2.60 would fetch ahead, too, but would yield the first block only after all those ahead of it.
     blocks = stream.iter_batches(batch_size=None, prefetch_batches=0)
     return iterate_micro_batches(read_ahead(iter(blocks), prefetched_blocks))
 
@@ -565,7 +566,7 @@ def draw_rounds(sample: StoredSample, max_rounds: int, rng: np.random.Generator)
     if len(turns) % 2:
         raise ValueError(f"sample {sample.key}: {len(turns)} turns, allowed: an even number, so that each is answered")
     texts = [{**turn, "value": turn["value"].replace(IMAGE_TOKEN, "").strip()} for turn in turns]
-    # a round is a question and its answer
+    # A round is a question and its answer.
     starts = 2 * rng.permutation(len(turns) // 2)[:max_rounds]
     shuffled = [turn for start in starts for turn in texts[start : start + 2]]
     if any(IMAGE_TOKEN in turn["value"] for turn in turns):
@@ -591,7 +592,7 @@ def pad_columns(rows: Sequence[TextRow], pad_token_id: int) -> dict[str, Int[np.
     fill = {"input_ids": pad_token_id, "labels": IGNORE_INDEX}
     padded = {name: pad_rows(column, fill.get(name, 0)) for name, column in columns.items()}
     if "position_ids" in columns:
-        # padding goes on with the last conversation of a row, which does not see it
+        # Padding goes on with the last conversation of a row, which does not see it.
         longest = padded["position_ids"].shape[1]
         padded["position_ids"] = np.stack(
             [np.append(row, row[-1] + 1 + np.arange(longest - len(row))) for row in columns["position_ids"]]

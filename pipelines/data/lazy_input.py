@@ -81,7 +81,7 @@ class _LazyInputOperator(PhysicalOperator):
         restarting, pending = actors.num_restarting_actors(), actors.num_pending_actors()
         self._released = min(self._released, restarting)
         if missing := restarting - self._released:
-            # it ends pending actors first, which would take the CPUs
+            # Ray Data ends pending actors first, which would take the CPUs.
             ended = -(actors.scale(ActorPoolScalingRequest.downscale(delta=-pending - missing, force=True)) or 0)
             self._released += max(ended - pending, 0)
 
@@ -89,18 +89,18 @@ class _LazyInputOperator(PhysicalOperator):
         row = {name: [value] for name, value in self._items[self._made].items()}
         block = pa.table(row)
         metadata = BlockMetadataWithSchema.from_block(block)
-        # not owned by the consumer: Ray needs it again to recompute the block that was made from it
+        # The consumer does not own the block: Ray needs it again to recompute the block that was made from it.
         bundle = RefBundle([BlockEntry(ray.put(block), metadata)], owns_blocks=False, schema=metadata.schema)
         self._made += 1
         self._kept.append(bundle)
         return bundle
 
     def has_execution_finished(self) -> bool:
-        # Ray Data asks an operator without inputs if it is finished while items wait
+        # Ray Data asks an operator without inputs if it is finished while items wait.
         return self._is_execution_marked_finished or self._made == len(self._items)
 
     def throttling_disabled(self) -> bool:
-        # otherwise Ray Data reserves CPUs and memory for this operator, and starts fewer readers
+        # Otherwise Ray Data reserves CPUs and memory for this operator, and starts fewer readers.
         return True
 
     def get_stats(self) -> dict[str, Any]:
@@ -116,5 +116,5 @@ def _plan_lazy_input(
     return _LazyInputOperator(operator.items, context)
 
 
-# unpickling a dataset imports this module, so the process that plans it knows the operator
+# Unpickling a dataset imports this module, so the process that plans it knows the operator.
 Planner._DEFAULT_PLAN_FNS[_LazyInput] = _plan_lazy_input

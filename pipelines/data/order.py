@@ -33,6 +33,7 @@ from jaxtyping import Int
 
 from pipelines.data.grouping import LengthGroups
 from pipelines.data.permutation import permute, permute_windows
+from redux.rounding import divide_up
 
 Shuffle = Literal["global", "window", "none"]
 
@@ -70,7 +71,7 @@ class Order:
     validates: bool = False
 
     def __post_init__(self) -> None:
-        # single fields
+        # Check single fields.
         if not self.samples or min(self.samples) < 1:
             raise ValueError(f"samples: got {self.samples}, allowed: at least one set, of at least 1 sample each")
         if self.global_batch_size < 1:
@@ -88,7 +89,7 @@ class Order:
             raise ValueError(f"shuffle: got {self.shuffle!r}, allowed: {', '.join(get_args(Shuffle))}")
         if self.window < 1:
             raise ValueError(f"window: got {self.window}, allowed: at least 1 shard")
-        # shards and groups must have the same samples as `samples`
+        # The values of `shards` and `groups` must have the same samples as `samples`.
         in_shards = tuple(int(np.sum(sizes)) for sizes in self.shards)
         if (self.shards or self.shuffle == "window") and in_shards != self.samples:
             raise ValueError(f"shards: got {in_shards} samples, allowed: {self.samples}, those of each set")
@@ -103,7 +104,7 @@ class Order:
 
         An epoch has as many samples as all sets together, whatever their weights.
         """
-        return -(-self._count_samples(epochs) // self.global_batch_size)
+        return divide_up(self._count_samples(epochs), self.global_batch_size)
 
     def count_real_samples(self, number: int, epochs: float) -> int:
         """Count the samples at the start of global batch `number` that are within a number of epochs."""
@@ -125,11 +126,11 @@ class Order:
             [Fraction(str(weight)) for weight in self.weights or self.samples], self.global_batch_size, number
         )
         set_index = np.repeat(np.arange(len(counts)), counts)
-        # sort by the relative position of each sample among those of its set
+        # Sort by the relative position of each sample among those of its set.
         relative = np.concatenate([(np.arange(count) + 0.5) / max(count, 1) for count in counts])
         spread = np.argsort(relative, kind="stable")
         samples = [
-            self._take(set_index, start, count)
+            self._take_from_stream(set_index, start, count)
             for set_index, (start, count) in enumerate(zip(starts, counts, strict=True))
         ]
         return set_index[spread], np.concatenate(samples)[spread]
@@ -140,7 +141,7 @@ class Order:
             raise ValueError(f"epochs: got {epochs}, allowed: above 0")
         return max(round(epochs * sum(self.samples)), 1)
 
-    def _take(self, set_index: int, start: int, count: int) -> Int[np.ndarray, " count"]:
+    def _take_from_stream(self, set_index: int, start: int, count: int) -> Int[np.ndarray, " count"]:
         """Return the samples at positions start..start+count-1 of the set's stream."""
         epochs, positions = np.divmod(start + np.arange(count, dtype=np.int64), self.samples[set_index])
         result = np.empty_like(positions)
@@ -155,7 +156,7 @@ class Order:
         held_out = self.held_out[set_index]
         if self.validates:
             return held_out[numbers]
-        # held-out row i has held_out[i] - i other rows before it
+        # Held-out row i has held_out[i] - i other rows before it.
         return numbers + np.searchsorted(held_out - np.arange(len(held_out)), numbers, side="right")
 
     def _permute(
@@ -167,7 +168,7 @@ class Order:
         if self.shuffle == "window":
             return permute_windows(positions, self.shards[set_index], self.window, self.seed, epoch, set_index)
         if self.shuffle == "global":
-            # set 0 adds no number to the seed, so runs with one set keep the order of earlier versions
+            # Set 0 adds no number to the seed, so runs with one set keep the order of earlier versions.
             further_seeds = [set_index] if set_index else []
             return permute(positions, self.samples[set_index], self.seed, epoch, *further_seeds)
         return positions
@@ -183,19 +184,19 @@ def count_set_samples(weights: list[Fraction], global_batch_size: int, number: i
     """
     total = sum(weights)
     exact = [weight / total * global_batch_size for weight in weights]  # samples per batch, as fractions
-    # the period: the number of batches after which the ratio is exact in whole samples
+    # The period: the number of batches after which the ratio is exact in whole samples.
     span = math.lcm(*(fraction.denominator for fraction in exact))
     periods, number = divmod(number, span)
     counts = [int(fraction * span) for fraction in exact]
     starts = [periods * count for count in counts]
-    # halve the span until it is one batch; it has batches first..first+span-1 of the period
-    first = 0
-    before = [0] * len(weights)  # samples of each set in batches 0..first-1 of the period
+    # Halve the span until it is one batch; it has batches start..start+span-1 of the period.
+    start = 0
+    before = [0] * len(weights)  # samples of each set in batches 0..start-1 of the period
     while span > 1:
         half = span // 2
-        middle = first + half
+        middle = start + half
         in_half = [count * half // span for count in counts]
-        # the samples that rounding leaves over go to the sets with the largest deficit
+        # The samples that rounding leaves over go to the sets with the largest deficit.
         deficits = sorted(
             (before[set_index] + in_half[set_index] - exact[set_index] * middle, set_index)
             for set_index, count in enumerate(counts)
@@ -203,11 +204,11 @@ def count_set_samples(weights: list[Fraction], global_batch_size: int, number: i
         )
         for _, set_index in deficits[: half * global_batch_size - sum(in_half)]:
             in_half[set_index] += 1
-        # continue in the half that has the batch
+        # Continue in the half that has the batch.
         if number < middle:
             span, counts = half, in_half
         else:
-            span, first = span - half, middle
-            before = [done + added for done, added in zip(before, in_half, strict=True)]
+            span, start = span - half, middle
+            before = [count + added for count, added in zip(before, in_half, strict=True)]
             counts = [count - added for count, added in zip(counts, in_half, strict=True)]
-    return [start + done for start, done in zip(starts, before, strict=True)], counts
+    return [base + offset for base, offset in zip(starts, before, strict=True)], counts

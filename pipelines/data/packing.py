@@ -20,6 +20,7 @@ from annotated_types import Ge
 from jaxtyping import Int
 
 from redux.conversation import IGNORE_INDEX
+from redux.rounding import divide_up
 
 BYTES_PER_TOKEN = 4
 """Estimated bytes of a stored record per token of its text. A wrong estimate only makes micro-batches less equal."""
@@ -47,7 +48,7 @@ def divide_evenly(lengths: Sequence[int], parts: int) -> list[list[int]]:
     """
     shortest = [(0, 0, part) for part in range(parts)]  # length, number of items, part: a heap
     result: list[list[int]] = [[] for _ in range(parts)]
-    # a stable sort: of equally long items the first comes first
+    # This is a stable sort: of equally long items the first comes first.
     for index in sorted(range(len(lengths)), key=lambda index: -lengths[index]):
         length, items, part = shortest[0]
         heapq.heapreplace(shortest, (length + lengths[index], items + 1, part))
@@ -66,18 +67,18 @@ def lay_rows(lengths: Sequence[int], max_length: int) -> list[list[int]]:
     >>> lay_rows([5, 4, 3, 3, 3], 10)
     [[0, 1], [2, 3, 4]]
     """
-    # items that are too long take no others
+    # Items that are too long take no others.
     alone = [[index] for index, length in enumerate(lengths) if length > max_length]
     others = [index for index, length in enumerate(lengths) if length <= max_length]
     if not others:
         return alone
-    # the smallest number of rows that are all short enough; with one row per item they are
-    count = max(-(-sum(lengths[index] for index in others) // max_length), 1)
+    # The smallest number of rows that are all short enough; with one row per item they are.
+    count = max(divide_up(sum(lengths[index] for index in others), max_length), 1)
     fewest = _balance(lengths, others, count)
     while _measure_longest(lengths, fewest) > max_length:
         count += 1
         fewest = _balance(lengths, others, count)
-    # one row more: shorter rows, sometimes with less padding
+    # Try one row more: shorter rows, sometimes with less padding.
     one_more = _balance(lengths, others, min(count + 1, len(others)))
     return min(alone + fewest, alone + one_more, key=lambda rows: len(rows) * _measure_longest(lengths, rows))
 
@@ -123,7 +124,7 @@ def _find_exchange(lengths: Sequence[int], rows: Sequence[Sequence[int]]) -> _Ex
     for other, row in enumerate(rows):
         if other == longest:
             continue
-        # an item against none, or against one of the other row
+        # Exchange an item for none, or for one of the other row.
         for given_item, taken_items in itertools.product(rows[longest], [[], *([index] for index in row)]):
             moved = lengths[given_item] - sum(lengths[index] for index in taken_items)
             longer = max(totals[longest] - moved, totals[other] + moved)
@@ -151,7 +152,7 @@ def join_rows(
     for row in rows:
         members = [conversations[index] for index in row]
         lengths = [len(member["input_ids"]) for member in members]
-        # no token sees that others stand before its conversation
+        # No token sees that others stand before its conversation.
         position_ids = np.concatenate([np.arange(length) for length in lengths])
         labels = np.concatenate([member["labels"] for member in members])
         joined.append(

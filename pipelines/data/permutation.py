@@ -28,7 +28,7 @@ def permute(
     half = ((samples - 1).bit_length() + 1) // 2
     keys = seeds.generate_state(FEISTEL_ROUNDS, np.uint64)
     result = _feistel(positions.astype(np.uint64), half, keys)
-    # cycle walking: less than three quarters of the range are outside, so a few rounds suffice
+    # Cycle walking: less than three quarters of the range are outside, so a few rounds suffice.
     while (outside := result >= samples).any():
         result[outside] = _feistel(result[outside], half, keys)
     return result.astype(np.int64)
@@ -56,19 +56,20 @@ def permute_windows(
         Sample numbers at these positions.
     """
     order = _cached_permutation(len(shards), seed, epoch, *stream, 0)
-    # positions of the windows in the order of the shards
+    # Positions of the windows in the order of the shards.
     sizes = shards.astype(np.int64)[order]
     ends = np.cumsum(sizes)
     borders = np.concatenate([[0], ends[window - 1 : -1 : window], ends[-1:]])
     windows = np.searchsorted(borders, positions, side="right") - 1
-    # permute within each window
+    # Permute within each window.
     mixed = np.empty_like(positions)
     for number in np.unique(windows):
         in_window = windows == number
-        first = borders[number]
-        size = int(borders[number + 1] - first)
-        mixed[in_window] = first + permute(positions[in_window] - first, size, seed, epoch, *stream, 1, int(number))
-    # from the order of the shards back to sample numbers
+        window_start = borders[number]
+        size = int(borders[number + 1] - window_start)
+        in_order = positions[in_window] - window_start
+        mixed[in_window] = window_start + permute(in_order, size, seed, epoch, *stream, 1, int(number))
+    # Go from the order of the shards back to sample numbers.
     shard = np.searchsorted(ends, mixed, side="right")
     stored_starts = np.concatenate([[0], np.cumsum(shards, dtype=np.int64)])
     return stored_starts[order[shard]] + mixed - (ends - sizes)[shard]

@@ -19,6 +19,7 @@ from jaxtyping import UInt8
 from pipelines.data.ingest import Reader, TextRow, describe_failure
 from pipelines.data.order import Order
 from pipelines.data.shard_index import Shards, StoredSample
+from redux.rounding import divide_up
 
 BLOCK_SAMPLES = 64
 """Samples that are read together."""
@@ -78,13 +79,13 @@ def draw_samples(
     shards = reader.sources[source]
     positions = draw_positions(reader.order, list(reader.sources).index(source), count, seed, batches)
     with ThreadPoolExecutor(threads) as executor:
-        for first in range(0, len(positions), BLOCK_SAMPLES):
-            block = positions[first : first + BLOCK_SAMPLES]
+        for start in range(0, len(positions), BLOCK_SAMPLES):
+            block = positions[start : start + BLOCK_SAMPLES]
             stored = read_stored(shards, [position.sample for position in block])
             prepared = executor.map(
                 lambda position, stored_or_error: _prepare(reader, shards, position, stored_or_error), block, stored
             )
-            # tokens here, not in the threads: truncation is a setting of the tokenizer that all of them would share
+            # Make tokens here, not in the threads: truncation is a setting of the tokenizer that they would share.
             for sample in prepared:
                 yield _encode(reader, shards, sample)
 
@@ -101,19 +102,19 @@ def draw_positions(
         seed: seed of the draw.
         batches: number of global batches of the stage; None for as many as an epoch of the source needs.
     """
-    # the source's first epoch ends in this batch, whatever the other sources have
+    # The source's first epoch ends in this batch, whatever the other sources have.
     weights = order.weights or order.samples
     per_batch = order.global_batch_size * weights[source] / sum(weights)
     in_epoch = math.ceil(order.samples[source] / per_batch)
     span = in_epoch if batches is None else min(in_epoch, batches)
-    # a few samples from each of many batches, because a batch may hold samples of one length and one window of shards
-    from_each = math.ceil(count / span)
+    # Take a few samples from each of many batches: a batch may hold samples of one length and one window of shards.
+    from_each = divide_up(count, span)
     rng = np.random.default_rng((seed, source))
     positions_by_sample: dict[int, StreamPosition] = {}
     for batch in rng.permutation(span).tolist():
         sources, samples = order.get_batch(batch)
         indices = rng.permutation(np.flatnonzero(sources == source))[:from_each]
-        # the last batch of an epoch may repeat a sample of the first one
+        # The last batch of an epoch may repeat a sample of the first one.
         for index in indices.tolist():
             position = StreamPosition(batch * order.global_batch_size + index, batch, int(samples[index]))
             positions_by_sample.setdefault(position.sample, position)
@@ -146,7 +147,7 @@ def _prepare(
     reader: Reader, shards: Shards, position: StreamPosition, stored_or_error: StoredSample | str
 ) -> PreviewSample:
     """Prepare a sample; it is not encoded yet."""
-    # runs in a thread, so an error is a value: the other samples of the block are still wanted
+    # This runs in a thread, so an error is a value: the other samples of the block are still wanted.
     stored = prepared = image = None
     problem = ""
     if isinstance(stored_or_error, str):
@@ -164,7 +165,7 @@ def _prepare(
 
 def _encode(reader: Reader, shards: Shards, sample: PreviewSample) -> PreviewSample:
     """Add the text columns to a prepared sample."""
-    # the first problem of a sample is the one that training would report
+    # The first problem of a sample is the one that training would report.
     if sample.prepared is None:
         return sample
     try:

@@ -11,8 +11,9 @@ from pipelines.data import records, tars
 MAX_SHOWN_RECORDS = 3
 
 REASON_ADVICE = {
-    "malformed": "write each turn with from and value as text; repair or remove a damaged line; name columns of other "
-    "names by --columns, such as --columns conversations=chat (columns: {conversations: chat} in a job file)",
+    "not JSON": "repair or remove the damaged line or member",
+    "wrong fields": "write each turn with from and value as text; name columns of other names by --columns, such as "
+    "--columns conversations=chat (columns: {conversations: chat} in a job file)",
     "duplicate": "remove the copies; --fix leaves them out, and does not count them as rejected",
     "turn order": "merge or remove turns, so that questions and answers alternate; if all begin with gpt, check "
     "which role is which; tool calls are not read",
@@ -46,12 +47,12 @@ REASON_ADVICE = {
 class RejectionSummary:
     """Counts and examples of the entries of a quarantine list, which may be longer than memory.
 
-    counts: number of entries of each reason. first: the first entry.
+    counts: number of entries of each reason. first_entry: the first one, or {}.
     """
 
     def __init__(self, entries: Iterable[dict[str, Any]] = ()) -> None:
         self.counts = Counter[str]()
-        self.first: dict[str, Any] = {}
+        self.first_entry: dict[str, Any] = {}
         self._examples: dict[str, list[dict[str, Any]]] = {}
         self._repairs: dict[str, tuple[int, str]] = {}  # number of repairable entries, and the repair of the first
         for entry in entries:
@@ -59,16 +60,16 @@ class RejectionSummary:
 
     def add(self, entry: dict[str, Any]) -> None:
         """Count an entry."""
-        # entries of make have a number, those of index a key and a tar
+        # Entries of make have a number, those of index a key and a tar.
         reason = entry["reason"]
-        self.first = self.first or entry
+        self.first_entry = self.first_entry or entry
         self.counts[reason] += 1
         if self.counts[reason] <= MAX_SHOWN_RECORDS:
             self._examples.setdefault(reason, []).append(entry)
-        # entries know their repair even if --fix was not given
+        # Entries know their repair even if --fix was not given.
         if repair := entry.get("repair"):
-            count, first = self._repairs.get(reason, (0, repair))
-            self._repairs[reason] = (count + 1, first)
+            count, description = self._repairs.get(reason, (0, repair))
+            self._repairs[reason] = (count + 1, description)
 
     def explain(self) -> list[str]:
         """Explain the entries in lines, the most frequent reason first."""
@@ -111,17 +112,17 @@ def _describe_example(entry: dict[str, Any]) -> str:
     if "number" in entry:
         name = f"record {entry['number']}"
         details = [str(entry[key]) for key in ("origin", "id") if entry.get(key) not in (None, "")]
-        # the id is known by the origin already if that is a sample of a tar
+        # The id is known by the origin already if that is a sample of a tar.
         if len(details) == 2 and details[0].endswith(details[1]):
             details.pop()
         name += f" ({', '.join(details)})" if details else ""
     else:
         name = f"{tars.escape_unprintable(entry['key'])} of {entry['shard']}"
     field, value = entry.get("field") or "", entry.get("value") or ""
-    # the details of this record, after the explanation of the reason
+    # The details of this record, after the explanation of the reason.
     reason = records.RECORD_REASONS.get(entry["reason"], "")
     explanation = str(entry.get("explanation", ""))
     detail = explanation.removeprefix(f"{reason}: ") if reason and explanation.startswith(f"{reason}: ") else ""
-    # an empty text is a value, too
-    shown = f"{name}: {field + ': ' if field else ''}got {value or repr('')}" if value or field else name
-    return f"{shown}: {detail}" if detail else shown
+    # An empty text is a value, too.
+    example = f"{name}: {field + ': ' if field else ''}got {value or repr('')}" if value or field else name
+    return f"{example}: {detail}" if detail else example

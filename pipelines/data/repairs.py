@@ -42,18 +42,18 @@ def find_repair(record: Any, rejection: RecordRejection, max_words: int | None) 
         rejection: the reason to reject it.
         max_words: as for `find_rejection`.
     """
-    # a repair may show the next reason, such as a missing tag after a superfluous turn
+    # A repair may show the next reason, such as a missing tag after a superfluous turn.
     descriptions: list[str] = []
-    found: RecordRejection | None = rejection
+    remaining: RecordRejection | None = rejection
     for _ in range(MAX_REPAIRS):
-        change = _CHANGES.get(found.reason) if found and _has_turns(record) else None
+        change = _CHANGES.get(remaining.reason) if remaining and _has_turns(record) else None
         repaired = change(record) if change else None
         if repaired is None:
             return None
         record = repaired.record
         descriptions.append(repaired.description)
-        found = find_rejection(record, max_words)
-        if found is None:
+        remaining = find_rejection(record, max_words)
+        if remaining is None:
             return Repair(record, "; ".join(descriptions))
     return None
 
@@ -73,11 +73,11 @@ def _with_turns(record: dict[str, Any], turns: Turns, description: str) -> Repai
 
 def _repair_order(record: dict[str, Any]) -> Repair | None:
     turns: Turns = record["conversations"]
-    first = count_system_turns(turns)
-    roles = [turn["from"] for turn in turns[first:]]
+    num_system = count_system_turns(turns)
+    roles = [turn["from"] for turn in turns[num_system:]]
     may_be_exchanged = roles[-1:] == ["human"]
     if len(roles) > 2 and roles[0] == "gpt" and not may_be_exchanged:
-        return _with_turns(record, turns[:first] + turns[first + 1 :], "leaves out the first turn, of gpt")
+        return _with_turns(record, turns[:num_system] + turns[num_system + 1 :], "leaves out the first turn, of gpt")
     alternates = all(role == ("human", "gpt")[number % 2] for number, role in enumerate(roles))
     if len(roles) > 2 and alternates and roles[-1] == "human":
         return _with_turns(record, turns[:-1], "leaves out the last turn, a question without an answer")
@@ -86,17 +86,18 @@ def _repair_order(record: dict[str, Any]) -> Repair | None:
 
 def _repair_empty_turn(record: dict[str, Any]) -> Repair | None:
     turns: Turns = record["conversations"]
-    first = count_system_turns(turns)
-    if len(turns) - first > 2 and not turns[-1]["value"].strip() and IMAGE_TOKEN not in turns[-2]["value"]:
+    num_system = count_system_turns(turns)
+    if len(turns) - num_system > 2 and not turns[-1]["value"].strip() and IMAGE_TOKEN not in turns[-2]["value"]:
         return _with_turns(record, turns[:-2], "leaves out the last round, which has an empty answer")
     return None
 
 
 def _repair_missing_tag(record: dict[str, Any]) -> Repair | None:
     turns: Turns = record["conversations"]
-    first = count_system_turns(turns)
-    changed = {**turns[first], "value": f"{IMAGE_TOKEN}\n{turns[first]['value']}"}
-    return _with_turns(record, [*turns[:first], changed, *turns[first + 1 :]], "puts <image> before the first question")
+    num_system = count_system_turns(turns)
+    changed = {**turns[num_system], "value": f"{IMAGE_TOKEN}\n{turns[num_system]['value']}"}
+    repaired = [*turns[:num_system], changed, *turns[num_system + 1 :]]
+    return _with_turns(record, repaired, "puts <image> before the first question")
 
 
 def _repair_foreign_tag(record: dict[str, Any]) -> Repair | None:
@@ -105,17 +106,17 @@ def _repair_foreign_tag(record: dict[str, Any]) -> Repair | None:
         return None
     if any(IMAGE_TOKEN in turn["value"] for turn in turns):
         return None
-    found = [(number, tag) for number, turn in enumerate(turns) for tag in find_image_tags(turn["value"])]
-    if len(found) != 1 or turns[found[0][0]]["from"] != "human":
+    numbered_tags = [(number, tag) for number, turn in enumerate(turns) for tag in find_image_tags(turn["value"])]
+    if len(numbered_tags) != 1 or turns[numbered_tags[0][0]]["from"] != "human":
         return None
-    [(number, tag)] = found
+    [(number, tag)] = numbered_tags
     changed = {**turns[number], "value": replace_image_tag(turns[number]["value"], tag)}
     return _with_turns(record, [*turns[:number], changed, *turns[number + 1 :]], f"replaces {tag} by <image>")
 
 
 def _repair_several_tags(record: dict[str, Any]) -> Repair | None:
     turns: Turns = record["conversations"]
-    # exactly one tag in each question: they can only mean the same image
+    # Exactly one tag in each question: they can only mean the same image.
     humans = [turn for turn in turns if turn["from"] == "human"]
     if any(turn["value"].count(IMAGE_TOKEN) != (turn["from"] == "human") for turn in turns) or len(humans) < 2:
         return None

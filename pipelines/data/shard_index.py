@@ -113,11 +113,11 @@ class Shards:
             start, stop: rows of the index; None for the last one.
         """
         stop = len(self) if stop is None else min(stop, len(self))
-        for first in range(start, stop, 64):
+        for block_start in range(start, stop, 64):
             ranges = []
-            for row in self.read_rows(range(first, min(first + 64, stop))):
-                start = row["offset"] + row["record_at"]
-                ranges.append((storage.join(self.folder, row["shard"]), start, start + row["record_size"]))
+            for row in self.read_rows(range(block_start, min(block_start + 64, stop))):
+                url, record_start = storage.join(self.folder, row["shard"]), row["offset"] + row["record_at"]
+                ranges.append((url, record_start, record_start + row["record_size"]))
             with contextlib.suppress(ValueError):
                 yield from map(json.loads, storage.read_ranges(ranges))
 
@@ -165,10 +165,6 @@ class Shards:
         options = summary["settings"] if summary else {}
         return (options["image_size"], options["image_aspect_ratio"]) if options.get("image_size") else None
 
-    def get_key(self, number: int) -> str:
-        """Return the sample's name in its tar."""
-        return self.read_rows([number])[0]["key"]
-
     def read_rows(self, numbers: Iterable[int]) -> list[dict[str, Any]]:
         """Read rows of the index, with the columns of INDEX_SCHEMA.
 
@@ -189,10 +185,10 @@ class Shards:
     @property
     def _index(self) -> IndexFile:
         """The index file. ValueError if it was replaced by one of another length."""
-        opened = _open_index(self.folder, self._cache_key)
-        if len(opened) != len(self):
-            raise ValueError(f"{self.folder}: {INDEX_FILE} has {len(opened)} samples now, it had {len(self)}")
-        return opened
+        index = _open_index(self.folder, self._cache_key)
+        if len(index) != len(self):
+            raise ValueError(f"{self.folder}: {INDEX_FILE} has {len(index)} samples now, it had {len(self)}")
+        return index
 
 
 @functools.lru_cache(maxsize=64)  # a mixture has fewer sets
@@ -210,13 +206,13 @@ def read_samples(requests: Sequence[tuple[Shards, int]]) -> list[StoredSample]:
     Returns:
         The samples, in the order of `requests`.
     """
-    # rows of the index, looked up set by set
+    # Look up the rows of the index, set by set.
     row_of: dict[int, dict[str, Any]] = {}
     for shards in dict.fromkeys(shards for shards, _ in requests):
         positions = [position for position, (other, _) in enumerate(requests) if other is shards]
         row_of |= zip(positions, shards.read_rows(requests[position][1] for position in positions), strict=True)
     rows = [row_of[position] for position in range(len(requests))]
-    # bytes of all sets together
+    # Read the bytes of all sets together.
     urls = [storage.join(shards.folder, row["shard"]) for (shards, _), row in zip(requests, rows, strict=True)]
     ranges = [(url, row["offset"], row["offset"] + row["length"]) for url, row in zip(urls, rows, strict=True)]
     return [_parse_sample(*parts) for parts in zip(rows, storage.read_ranges(ranges), urls, strict=True)]

@@ -95,11 +95,11 @@ def make_shards(records: Iterable[Any], images: str, out: str, options: ShardOpt
     if has_shards and earlier != settings:
         raise _describe_conflict(out)
     if finished:
-        # records are compared by their digest, and files with images by their names and sizes
+        # Records are compared by their digest, and files with images by their names and sizes.
         if "files" not in settings and previous["settings"]["records"] != _compute_digest(records):
             raise _describe_conflict(out)
         return previous
-    # from here on the folder belongs to this run
+    # From here on the folder belongs to this run.
     storage.write(storage.join(out, SUMMARY_FILE), _to_json({"settings": settings}))
     for folder in (out, storage.join(out, UNFINISHED_DIR)):
         storage.remove_partial(folder)
@@ -120,7 +120,7 @@ def _describe_settings(records: Iterable[Any], options: ShardOptions) -> dict[st
         del settings["fix"]
     if isinstance(records, RecordSource):
         settings |= records.describe()
-    # as it will be read again
+    # Convert the values to those that will be read again.
     plain: dict[str, Any] = json.loads(json.dumps(settings))
     return plain
 
@@ -157,7 +157,7 @@ class _ListDigest:
 
 def _compute_digest(records: Iterable[Any]) -> str:
     """Compute the digest of all records, as in the summary of a set."""
-    # the same bytes as those of a list that is serialised at once, which older sets have
+    # These are the bytes of a list that is serialised at once, whose digest older sets have.
     digest = _ListDigest()
     for record in records:
         digest.add(_to_json(as_source_record(record).record))
@@ -175,7 +175,7 @@ def admit_record(
     """
     if source_record.rejection:
         return None, source_record.rejection, ""
-    # most records need no repair, which costs as much as another check
+    # Most records need no repair, which costs as much as another check.
     rejection = find_rejection(source_record.record, options.max_words)
     if not rejection:
         return source_record.record, None, ""
@@ -215,7 +215,7 @@ class _ShardPlan:
         finished = set(storage.list_files(storage.join(self.out, UNFINISHED_DIR)))
         batches = iter(self.records)
         while batch := list(itertools.islice(batches, self.options.samples_per_shard)):
-            # each record is read once: what the shard needs of it is taken here
+            # Each record is read once: what the shard needs of it is taken here.
             digest = _ListDigest()
             entries = [self._make_entry(as_source_record(record), digest) for record in batch]
             number = self.shards
@@ -263,7 +263,7 @@ def _read_part_digest(out: str, name: str) -> str | None:
         schema = ipc.open_file(storage.read(storage.join(out, UNFINISHED_DIR, name))).schema
     except pa.ArrowException:
         return None
-    # parts of versions without it are made again
+    # Parts of versions without the digest are made again.
     digest = (schema.metadata or {}).get(b"records")
     return digest.decode() if digest else None
 
@@ -294,7 +294,7 @@ def _write_shard(task: dict[str, Any], images: str, out: str, options: ShardOpti
     quarantined: list[dict[str, Any]] = []
     repaired: list[dict[str, Any]] = []
     buffer = io.BytesIO()
-    # fixed times and owner: equal records give equal bytes
+    # Times and owner are fixed: equal records give equal bytes.
     with webdataset.TarWriter(buffer, mtime=0, user="redux", group="redux") as tar:
         for entry in task["entries"]:
             if "quarantine" in entry:
@@ -302,7 +302,7 @@ def _write_shard(task: dict[str, Any], images: str, out: str, options: ShardOpti
                 continue
             record, key = entry["record"], f"{entry['number']:09d}"
             sample = {"__key__": key, "json": record}
-            # a record that passed so far may still have an unusable image
+            # A record that passed so far may still have an unusable image.
             if has_image(record):
                 rejection, suffix, image = read_image(folder, record["image"], entry["image"], options)
                 if rejection:
@@ -315,12 +315,12 @@ def _write_shard(task: dict[str, Any], images: str, out: str, options: ShardOpti
             num_kept += 1
             if "repair" in entry:
                 repaired.append(entry["repair"])
-    # read the tar back as a check, and index what was read
+    # Read the tar back as a check, and index what was read.
     data, name = buffer.getvalue(), f"{task['shard']:06d}.tar"
     rows = tars.make_index_rows(tars.read_tar(data, name), data, name) if num_kept else []
     if len(rows) != num_kept:
         raise RuntimeError(f"{storage.join(out, name)}: {num_kept} samples were written, {len(rows)} are read")
-    # the part comes after the tar: its name marks the shard as finished
+    # The part comes after the tar: its name marks the shard as finished.
     storage.write(storage.join(out, name), data)
     lists = {"quarantine": json.dumps(quarantined), "repaired": json.dumps(repaired), "records": task["records"]}
     table = pa.Table.from_pylist(rows, INDEX_SCHEMA).replace_schema_metadata(lists)
@@ -383,7 +383,7 @@ def read_image(
             return RecordRejection("broken text", "image", shorten(path)), "", b""
         reason = "outside folder" if isinstance(error, OutsideError) else "missing image"
         is_address = URL_SCHEME.match(path) and not path.lower().startswith("file:")
-        # the same for all images of a set, so the folder is not searched
+        # The advice is the same for all images of a set, so the folder is not searched.
         hint = DOWNLOAD_ADVICE if is_address else shorten(folder.find_elsewhere(path))
         return RecordRejection(reason, "image", shorten(path), hint), "", b""
     except (ValueError, MemoryError) as error:  # also if the padded square is too large
@@ -411,7 +411,7 @@ def _merge_parts(plan: _ShardPlan, out: str, options: ShardOptions, settings: di
     """Merge the parts of all shards into the quarantine list, the summary and the index."""
     with IndexBuilder() as index:
         merged = _read_parts(plan, out, options, index)
-        # counts, and the decision if there is a set
+        # Counts, and the decision if there is a set.
         rejected, num_kept = merged.rejections.counts, index.num_rows
         reasons = dict(sorted(rejected.items()))
         summary = {"settings": settings, "records": plan.count, "samples": num_kept, "quarantined": reasons}
@@ -427,7 +427,7 @@ def _merge_parts(plan: _ShardPlan, out: str, options: ShardOptions, settings: di
                 storage.remove(name)  # so that a second run checks these records again: files can be repaired
             refusal = _describe_refusal(merged.rejections, plan.count, options)
             raise QuarantineError(f"{out}: {refusal} {storage.join(out, QUARANTINE_FILE)}", merged.rejections)
-        # the index comes last: it makes the folder a set
+        # The index comes last: it makes the folder a set.
         storage.write(storage.join(out, SUMMARY_FILE), json.dumps(summary, indent=2).encode())
         index.write(out)
     storage.remove_folder(storage.join(out, UNFINISHED_DIR))
@@ -451,7 +451,7 @@ def _read_parts(plan: _ShardPlan, out: str, options: ShardOptions, index: IndexB
             for entry in quarantined:
                 merged.rejections.add(entry)
                 quarantine_list.write(_to_json(entry) + b"\n")
-            # without fix there is nothing in the second list
+            # Without fix there is nothing in the second list.
             for entry in _read_list(part, b"repaired") if options.fix else ():
                 merged.repaired[entry["reason"]] += 1
                 repaired_list.write(_to_json(entry) + b"\n")
@@ -468,8 +468,8 @@ def _describe_refusal(rejections: RejectionSummary, num_records: int, options: S
     """Explain with an example why there is no set. If all records fail alike, the form of the file is wrong."""
     num_rejected = rejections.counts.total()
     counts = ", ".join(f"{count} {reason}" for reason, count in sorted(rejections.counts.items()))
-    # parts of older versions lack some fields
-    entry = {"field": "", "value": "", "explanation": rejections.first["reason"], **rejections.first}
+    # Parts of older versions lack some fields.
+    entry = {"field": "", "value": "", "explanation": rejections.first_entry["reason"], **rejections.first_entry}
     example = (
         f"record {entry['number']}: {entry['field'] or 'the record'}: got {entry['value']}: {entry['explanation']}"
     )

@@ -131,7 +131,7 @@ class Tar:
     members: int = 0
 
     @property
-    def kept(self) -> list[TarSample]:
+    def good_samples(self) -> list[TarSample]:
         """Samples that are not rejected."""
         return [sample for sample in self.samples if not sample.rejection_reason]
 
@@ -143,7 +143,7 @@ class Tar:
     @property
     def ignored(self) -> Counter[str]:
         """Number of members that nothing reads, by suffix or kind."""
-        unread = (member for sample in self.kept for member in sample.members if member not in sample.used)
+        unread = (member for sample in self.good_samples for member in sample.members if member not in sample.used)
         return Counter(member.suffix for member in unread) + self.outside
 
     @property
@@ -193,14 +193,14 @@ def make_index_rows(tar: Tar, data: BytesLike, name: str) -> list[dict[str, Any]
             "shard": name,
             "offset": sample.offset,
             "length": sample.length,
-            "sha256": _sha256(data, sample.offset, sample.length),
+            "sha256": _hash_range(data, sample.offset, sample.length),
             "record_at": sample.record.content_start - sample.offset if sample.record else 0,
             "record_size": sample.record.size if sample.record else 0,
             "image_at": sample.image.content_start - sample.offset if sample.image else 0,
             "image_size": sample.image.size if sample.image else 0,
             "words": sample.words,
         }
-        for sample in tar.kept
+        for sample in tar.good_samples
     ]
 
 
@@ -242,7 +242,7 @@ def _read_members(data: BytesLike, name: str, tar: Tar) -> Iterator[TarMember]:
             )
         else:
             yield TarMember(info.name, suffix.lower(), info.offset, info.offset_data, info.size, end, info.issparse())
-    # the end: WebDataset stops at zeros or damage without an error, so what follows is checked here
+    # The end: WebDataset stops at zeros or damage without an error, so what follows is checked here.
     if end == len(data):
         tar.notes.append(f"{name}: ends without the two blocks of zeros that end a tar: it may have been cut")
     nonzero_at = _find_nonzero_byte(data, end)
@@ -256,7 +256,7 @@ def _read_members(data: BytesLike, name: str, tar: Tar) -> Iterator[TarMember]:
 def _read_headers(data: BytesLike, name: str) -> Iterator[tuple[tarfile.TarInfo, int]]:
     """Yield each member of the tar, and the byte offset at which the next member begins."""
     try:
-        # tarfile detects a cut tar by seeking beyond the end, which a memory map does not allow
+        # tarfile detects a cut tar by seeking beyond the end, which a memory map does not allow.
         file = io.BytesIO(data) if isinstance(data, bytes) else _SeekableMap(data)
         with tarfile.open(fileobj=file, mode="r:") as archive:
             previous = -1
@@ -319,7 +319,7 @@ def _group_samples(members: Iterator[TarMember], name: str) -> Iterator[TarSampl
 
     def entries() -> Iterator[dict[str, Any]]:
         nonlocal last
-        # `last` stays the member after whose entry WebDataset stopped
+        # `last` stays the member after whose entry WebDataset stopped.
         for last in members:
             yield {"fname": last.name, "data": last, "__url__": name}
 
@@ -356,7 +356,7 @@ def _resolve_sample(sample: TarSample, data: BytesLike) -> None:
         return
     rejection = records.find_several_images(record)
     if sample.image:
-        # the member counts, whatever path the record names
+        # The member counts, whatever path the record names.
         record = {**record, "image": f"image.{sample.image.suffix}"}
     elif records.has_image(record) and not rejection:
         sample.rejection_reason = "missing image"
@@ -382,7 +382,9 @@ def _find_record(sample: TarSample, data: BytesLike) -> tuple[Any, str | None]:
         return None, "no record"
     [sample.record] = candidates
     value = values[sample.record.name]
-    return value, None if _has_conversations(value) else "malformed"
+    if isinstance(value, records.UnparsedRecord):
+        return value, "not JSON"
+    return value, None if _has_conversations(value) else "wrong fields"
 
 
 def _has_conversations(value: Any) -> bool:
@@ -395,11 +397,13 @@ def find_last_suffix(member: TarMember) -> str:
 
 
 def parse_member(data: BytesLike, member: TarMember) -> Any:
-    """Parse a member as JSON; None if it is none."""
+    """Parse a member as JSON; an `UnparsedRecord` if it is none."""
+    content = bytes(data[member.content])
     try:
-        return json.loads(data[member.content])
-    except (ValueError, RecursionError):
-        return None
+        return json.loads(content)
+    except (ValueError, RecursionError) as error:
+        text = content.decode("utf-8-sig", "surrogateescape")
+        return records.UnparsedRecord(text, records.describe_json_error(error))
 
 
 def find_image(sample: TarSample, record: dict, data: BytesLike) -> tuple[TarMember | None, str | None]:
@@ -410,7 +414,7 @@ def find_image(sample: TarSample, record: dict, data: BytesLike) -> tuple[TarMem
     if len(plain) > 1 and isinstance(path, str):
         suffix = posixpath.splitext(path)[1].lower().removeprefix(".")
         plain = [member for member in plain if member.suffix == suffix] or plain
-    # `jpg` beside `depth.png` is the image, but beside `2.jpg` one of several
+    # `jpg` beside `depth.png` is the image, but beside `2.jpg` one of several.
     numbered = [member for member in dotted if _NUMBERED_SUFFIX.match(member.suffix)]
     candidates = [*plain, *numbered] if plain else dotted
     candidates = candidates or [member for member in sample.members if _is_image(member, data)]
@@ -448,9 +452,9 @@ def _reject_split_samples(tar: Tar, name: str) -> None:
 # --- bytes -----------------------------------------------------------------------------------------------------------
 
 
-def _sha256(data: BytesLike, offset: int, length: int) -> bytes:
+def _hash_range(data: BytesLike, offset: int, length: int) -> bytes:
     digest = hashlib.sha256()
-    # by chunks, since a slice of a memory map is a copy
+    # Hash in chunks, since a slice of a memory map is a copy.
     for start in range(offset, offset + length, HASH_CHUNK_BYTES):
         digest.update(data[start : min(start + HASH_CHUNK_BYTES, offset + length)])
     return digest.digest()

@@ -53,8 +53,8 @@ class TextTokenizer:
 
     def convert_tokens_to_ids(self, token: str) -> int | None:
         """Return the id of a token; that of the unknown token if there is no such token."""
-        found = self.backend.token_to_id(token)
-        return self.unk_token_id if found is None else found
+        token_id = self.backend.token_to_id(token)
+        return self.unk_token_id if token_id is None else token_id
 
 
 def load_text_tokenizer(folder: Path) -> TextTokenizer | None:
@@ -64,7 +64,7 @@ def load_text_tokenizer(folder: Path) -> TextTokenizer | None:
     tokenizer = AutoTokenizer.from_pretrained(folder)
     if not tokenizer.is_fast or tokenizer.split_special_tokens:
         return None
-    # a copy, because the settings of the original must not change
+    # Make a copy, because the settings of the original must not change.
     backend = Tokenizer.from_str(tokenizer.backend_tokenizer.to_str())
     backend.no_truncation()
     backend.no_padding()

@@ -36,18 +36,18 @@ class UnmadeShards(Shards):
         self.folder = images
         self.options = options
         self._images = ImageFolder(images)
-        # the numbers of the records name samples, and assign them to shards, as in a set that is made
+        # The numbers of the records name samples, and assign them to shards, as in a set that is made.
         self._numbers: list[int] = []
         self._records: list[dict[str, Any]] = []
         self._embedded: dict[int, bytes] = {}  # images that come with their records
-        # digests, because whole records of a large file would be in memory twice
-        seen: set[bytes] = set()
+        # Keep digests, because whole records of a large file would be in memory twice.
+        known_digests: set[bytes] = set()
         embedded_bytes = 0
         for number, source_record in enumerate(map(as_source_record, records)):
             digest = hashlib.sha256(json.dumps(source_record.record, default=str).encode())
             digest.update(source_record.image or b"")
             record, _, _ = admit_record(source_record, options)
-            if record is not None and digest.digest() not in seen:
+            if record is not None and digest.digest() not in known_digests:
                 if source_record.image is not None:
                     self._embedded[len(self._numbers)] = source_record.image
                     embedded_bytes += len(source_record.image)
@@ -58,7 +58,7 @@ class UnmadeShards(Shards):
                         )
                 self._numbers.append(number)
                 self._records.append(record)
-            seen.add(digest.digest())
+            known_digests.add(digest.digest())
 
     def __len__(self) -> int:
         return len(self._records)
@@ -68,7 +68,7 @@ class UnmadeShards(Shards):
 
     @property
     def shard_sizes(self) -> Int64[np.ndarray, " shards"]:
-        # a shard has fewer samples if records are rejected, and none if all are
+        # A shard has fewer samples if records are rejected, and none if all are.
         sizes = np.bincount(np.array(self._numbers, np.int64) // self.options.samples_per_shard)
         return sizes[sizes > 0].astype(np.int64)
 
@@ -111,7 +111,7 @@ class UnmadeShards(Shards):
             return b""
         embedded = self._embedded.get(number)
         rejection, _, image = read_image(self._images, record["image"], embedded, self.options)
-        # the reasons are those of the quarantine list
+        # The reasons are those of the quarantine list.
         if rejection and rejection.reason == "broken image":
             raise ValueError(f"broken image: {rejection.value}: {rejection.detail}")
         if rejection:

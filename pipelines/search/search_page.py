@@ -36,6 +36,7 @@ from pipelines.search.snapshot import (
     join_words,
     label_trial,
 )
+from redux.rounding import divide_up
 
 STATE_WORDS = {
     TrialState.COMPLETE: "completed",
@@ -335,7 +336,7 @@ def _compute_importance(study: Study, snapshot: Snapshot, objective: int) -> dic
         return math.nan if get_reference(trial) else snapshot.minimized_values(trial)[objective]
 
     losses = [loss(trial) for trial in snapshot.sampled]
-    top = max(MIN_TOP_TRIALS, math.ceil(len(losses) / 10))
+    top = max(MIN_TOP_TRIALS, divide_up(len(losses), 10))
     varied = {
         name
         for trial in snapshot.sampled

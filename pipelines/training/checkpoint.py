@@ -32,7 +32,7 @@ from pipelines.core.failures import Failure
 from pipelines.training.files import JOB_FILE, MANIFEST
 from pipelines.training.fragments import Fragment
 
-T = TypeVar("T")
+BroadcastValue = TypeVar("BroadcastValue")
 
 MAX_FILE_BYTES = 512 * 2**20
 """Largest size of a file of several pieces. A larger piece has a file of its own."""
@@ -87,7 +87,7 @@ class Manifest:
         """Serialize the manifest with its own SHA-256, because a text with a flipped digit can still be JSON."""
         # from_json hashes the parsed fields again, so hash exactly what json.dumps writes for them.
         text = json.dumps(asdict(self))
-        return json.dumps({"sha256": _sha256(text.encode()), "manifest": json.loads(text)})
+        return json.dumps({"sha256": _compute_sha256(text.encode()), "manifest": json.loads(text)})
 
     @classmethod
     def from_json(cls, text: bytes) -> "Manifest":
@@ -99,7 +99,7 @@ class Manifest:
         try:
             document = json.loads(text)
             fields = document["manifest"]
-            if document["sha256"] != _sha256(json.dumps(fields).encode()):
+            if document["sha256"] != _compute_sha256(json.dumps(fields).encode()):
                 raise DamagedError(f"{MANIFEST} does not match its checksum")
             # JSON has no tuples: pieces come back as lists.
             files = {
@@ -178,7 +178,7 @@ class Upload:
         pool.shutdown(wait=False)
 
     @property
-    def done(self) -> bool:
+    def is_done(self) -> bool:
         """True if the upload has ended, also with an error."""
         return self._future.done()
 
@@ -200,11 +200,11 @@ class Upload:
             name = f"rank-{self.rank:04d}-{number:02d}.safetensors"
             data = safetensors.torch.save({_tensor_key(piece): tensor for piece, tensor in group})
             storage.write(storage.join(self.url, name), data)
-            entries[name] = FileEntry(len(data), _sha256(data), [piece for piece, _ in group])
+            entries[name] = FileEntry(len(data), _compute_sha256(data), [piece for piece, _ in group])
         return entries
 
 
-def _sha256(data: bytes) -> str:
+def _compute_sha256(data: bytes) -> str:
     return hashlib.sha256(data).hexdigest()
 
 
@@ -263,8 +263,8 @@ def prune(folder: str, cursor: int, last: int, best: int) -> None:
         for saved in list_newest_first(folder)
         if isinstance(saved, SavedCheckpoint) and saved.manifest.cursor <= cursor
     ]
-    kept = [*checkpoints[:last], *sorted(checkpoints, key=lambda saved: saved.manifest.loss)[:best]]
-    for step in {*steps} - {format_step_name(saved.manifest.cursor) for saved in kept} - {format_step_name(cursor)}:
+    retained = [*checkpoints[:last], *sorted(checkpoints, key=lambda saved: saved.manifest.loss)[:best]]
+    for step in {*steps} - {format_step_name(saved.manifest.cursor) for saved in retained} - {format_step_name(cursor)}:
         _remove(storage.join(folder, step))
 
 
@@ -376,7 +376,7 @@ def _read_checked(saved: SavedCheckpoint, file: str) -> Iterator[tuple[Piece, Te
     data = storage.read(url)
     if len(data) != entry.bytes:
         raise DamagedError(f"{url}: {len(data)} bytes, its manifest says {entry.bytes}")
-    if _sha256(data) != entry.sha256:
+    if _compute_sha256(data) != entry.sha256:
         raise DamagedError(f"{url}: its checksum differs from that in its manifest")
     tensors = safetensors.torch.load(data)
     for piece in entry.pieces:
@@ -404,8 +404,8 @@ def check_compatible(
         is_reshaped = key.startswith("model.trained.") and None not in (old, new)
         if is_reshaped or not allow_changes:
             raise RefusedError(
-                f"{url}: it was written with {key} = {_shorten(old)}, not {_shorten(new)}; give the job another name"
-                + ("" if is_reshaped else ", or continue with --allow-changes")
+                f"{url}: it was written with {key} = {_shorten_repr(old)}, not {_shorten_repr(new)}; "
+                "give the job another name" + ("" if is_reshaped else ", or continue with --allow-changes")
             )
 
 
@@ -418,7 +418,7 @@ def find_differences(before: Any, now: Any, path: str = "") -> Iterator[tuple[st
         yield path, before, now
 
 
-def _shorten(value: Any) -> str:
+def _shorten_repr(value: Any) -> str:
     return repr(value)[:80]
 
 
@@ -487,7 +487,7 @@ def _load_on_all_ranks(saved: SavedCheckpoint, fragments: Sequence[Fragment]) ->
     return states, next(filter(None, errors), "")
 
 
-def broadcast_from_rank_0(compute: Callable[[], T]) -> T:
+def broadcast_from_rank_0(compute: Callable[[], BroadcastValue]) -> BroadcastValue:
     """Call a function on rank 0 alone, and return its result on all ranks. A collective."""
     values: list[Any] = [compute() if dist.get_rank() == 0 else None]
     dist.broadcast_object_list(values, src=0)

@@ -363,7 +363,7 @@ def check_features(engine: DeepSpeedEngineProtocol, plan: StagePlan, reader: ing
     assert isinstance(module, LlavaWithLoss)
     parameters = list(module.llava.model.vision_tower.parameters())
     deepspeed = import_deepspeed()
-    # ZeRO 3 keeps a share of each weight on this rank
+    # ZeRO 3 keeps a share of each weight on this rank.
     with deepspeed.zero.GatheredParameters(parameters, enabled=engine.zero_optimization_stage() == 3):
         digest = compute_tower_digest(module.llava.model)
     for name, stored in reader.features.items():

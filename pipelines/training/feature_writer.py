@@ -122,8 +122,8 @@ def write_features(source: str, out: str, model: ReduxModel, format: FeatureForm
     storage.remove_partial(out)
     # A file is there if its shard is done, since files are written atomically.
     sizes = shards.shard_sizes
-    done = set(storage.list_files(out))
-    missing = [{"shard": number} for number in range(len(sizes)) if name_file(number) not in done]
+    file_names = set(storage.list_files(out))
+    missing = [{"shard": number} for number in range(len(sizes)) if name_file(number) not in file_names]
     num_images = int(np.count_nonzero(shards.image_sizes))
     unusable = 0
     skipped = int(sizes.sum()) - sum(int(sizes[item["shard"]]) for item in missing)
@@ -188,8 +188,8 @@ class FeatureEncoder:
         numbers = start + np.flatnonzero(self.shards.image_sizes[start:stop])
         # All features of a shard are in memory, because an object store has no appends.
         records = []
-        for first in range(0, len(numbers), CHUNK_SAMPLES):
-            chunk = numbers[first : first + CHUNK_SAMPLES].tolist()
+        for start in range(0, len(numbers), CHUNK_SAMPLES):
+            chunk = numbers[start : start + CHUNK_SAMPLES].tolist()
             samples = read_stored(self.shards, chunk)
             rows_of_index = self.shards.read_rows(chunk)
             records += [self._encode(row["sha256"], sample) for row, sample in zip(rows_of_index, samples, strict=True)]

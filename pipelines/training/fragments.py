@@ -18,6 +18,8 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
+from redux.rounding import divide_up
+
 if TYPE_CHECKING:
     from pipelines.training.engine import DeepSpeedEngineProtocol
 
@@ -78,7 +80,7 @@ def owned_fragments(engine: "DeepSpeedEngineProtocol") -> list[Fragment]:
 
 def _cut_share(fragment: Fragment, rank: int, workers: int) -> Fragment:
     """Cut the share of one rank; the last shares may be shorter or empty."""
-    size = -(-fragment.length // workers)
+    size = divide_up(fragment.length, workers)
     start = min(rank * size, fragment.length)
     size = min(size, fragment.length - start)
     states = {name: tensor.narrow(0, start, size) for name, tensor in fragment.states.items()}

@@ -191,7 +191,7 @@ class CheckpointHook(Hook):
 
     def vote(self) -> dict[str, float]:
         # Never wait here: the votes of a step must not delay it.
-        return {"upload_done": float(self.upload is not None and self.upload.done)}
+        return {"upload_done": float(self.upload is not None and self.upload.is_done)}
 
     def on_step_end(self, step: StepResult) -> None:
         self.losses.append(step.values["loss"])

@@ -129,7 +129,7 @@ class SetInspection:
     @property
     def num_unusable(self) -> int:
         """Number of drawn samples that training would replace."""
-        return sum(found.count for found in self.unusable.values())
+        return sum(findings.count for findings in self.unusable.values())
 
     @property
     def mean_tokens(self) -> float:
@@ -179,9 +179,9 @@ def _record_stored_sample(inspection: SetInspection, sample: PreviewSample) -> N
         try:
             with warnings.catch_warnings():
                 warnings.simplefilter("ignore")
-                with Image.open(io.BytesIO(stored.image)) as opened:
-                    inspection.formats[opened.format or "?"] += 1
-                    inspection.sides.append(opened.size)
+                with Image.open(io.BytesIO(stored.image)) as picture:
+                    inspection.formats[picture.format or "?"] += 1
+                    inspection.sides.append(picture.size)
         except Exception:  # each format raises others; the sample is unusable, and its problem says why
             inspection.formats["unreadable"] += 1
 
@@ -230,9 +230,9 @@ class _SampleChecker:
             return None
         if EOS_TOKEN in self.template.end:
             return int(self.tokenizer.eos_token_id)
-        found = self.tokenizer.convert_tokens_to_ids(self.template.end.strip())
+        token_id = self.tokenizer.convert_tokens_to_ids(self.template.end.strip())
         # An end of several tokens, as in Phi-3's template, has its last one.
-        return None if found is None or found == self.tokenizer.unk_token_id else int(found)
+        return None if token_id is None or token_id == self.tokenizer.unk_token_id else int(token_id)
 
     def _list_control_tokens(self) -> list[str]:
         """List the special tokens of the tokenizer that no text contains."""
@@ -276,9 +276,9 @@ class _SampleChecker:
             return
         key = f"sample {sample.prepared.key}"
         images = int((ids == self.image_id).sum())
-        wanted = (self.tower_tokens or 0) * (sample.image is not None)
-        if self.tower_tokens is not None and images != wanted:
-            self.inspection.add_fault("image tokens", f"{key}: {images} image tokens, the tower makes {wanted}")
+        expected = (self.tower_tokens or 0) * (sample.image is not None)
+        if self.tower_tokens is not None and images != expected:
+            self.inspection.add_fault("image tokens", f"{key}: {images} image tokens, the tower makes {expected}")
         if not learned:
             self.inspection.add_fault("nothing learned", f"{key}: no token has a label")
             return
@@ -292,11 +292,11 @@ class _SampleChecker:
         """Check the text of the turns against the template."""
         texts = [turn["value"].replace(IMAGE_TOKEN, "").strip() for turn in turns]
         self.inspection.questions[texts[0]] += 1
-        found = next((mark[0].strip() for mark in map(TEMPLATE_MARKS.search, texts) if mark), "")
+        template_mark = next((mark[0].strip() for mark in map(TEMPLATE_MARKS.search, texts) if mark), "")
         control = next((token for token in self.control_tokens if any(token in text for text in texts)), "")
-        if mark := control or found:
+        if mark := control or template_mark:
             self.inspection.add_fault("template marks", f"{key}: {mark!r} in the text of a turn")
-        if control or re.fullmatch(CONTROL_TOKENS, found):
+        if control or re.fullmatch(CONTROL_TOKENS, template_mark):
             self.inspection.add_fault("control tokens", key)
         if self.template is not None and not self.template.human and len(turns) > 2:
             self.inspection.add_fault("plain rounds", f"{key}: {len(turns) // 2} questions")
@@ -379,10 +379,10 @@ def list_problems(inspection: SetInspection, plan: StagePlan) -> Iterator[str]:
     prefix, drawn = f"train.{inspection.stage}.data: {inspection.name}", inspection.drawn
     share = inspection.num_unusable / max(drawn, 1)
     if share > plan.max_bad_fraction:
-        for kind, found in sorted(inspection.unusable.items(), key=lambda item: -item[1].count):
+        for kind, findings in sorted(inspection.unusable.items(), key=lambda item: -item[1].count):
             yield (
-                f"{prefix}: {found.count} of {drawn} samples cannot be used ({kind}), allowed: a share of "
-                f"data.max_bad_fraction, {plan.max_bad_fraction:g}; the first: {found.example}"
+                f"{prefix}: {findings.count} of {drawn} samples cannot be used ({kind}), allowed: a share of "
+                f"data.max_bad_fraction, {plan.max_bad_fraction:g}; the first: {findings.example}"
             )
     advice = {
         "labels": "labels on the answers' own tokens; check the tokenizer's offsets and the template",

@@ -117,13 +117,13 @@ class Ledger:
     def __init__(self) -> None:
         self._parts = dict.fromkeys(ACCOUNT_PARTS, 0)
         self._restarts = self._resumes = self._lost_steps = 0
-        # "stopped", or a key of REMAINDER_PARTS
+        # "stopped", or a key of REMAINDER_PARTS.
         self._phase = "stopped"
         self._last_timestamp = 0
         self._launched = set[str]()
-        # True if workers have begun since the last launch
+        # True if workers have begun since the last launch.
         self._has_started = False
-        # Steps that count, by stage, in ascending order
+        # Steps that count, by stage, in ascending order.
         self._steps = defaultdict[str, list[StepTime]](list)
 
     @property

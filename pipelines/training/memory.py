@@ -34,6 +34,7 @@ from pipelines.training.step_trace import (
 from redux.configuration import ReduxConfig
 from redux.cost import compute_cost
 from redux.model import ReduxForConditionalGeneration
+from redux.rounding import divide_up
 
 FP32_BYTES = 4
 
@@ -222,11 +223,11 @@ def _count_states(shape: ModelShape, workers: int) -> _States:
     stage = shape.plan.stage
     width = DTYPES[stage.precision].itemsize
     trained = shape.num_trained
-    share_of_rank = -(-trained // workers)
+    share_of_rank = divide_up(trained, workers)
     bucket = width * min(trained, MAX_REDUCE_BUCKET_SIZE)
     weights = width * shape.num_elements
     # Gradients in fp32 of one part of the model, as its optimizer gets them.
-    update = FP32_BYTES * -(-max(shape.trained) // workers)
+    update = FP32_BYTES * divide_up(max(shape.trained), workers)
     # Sums of earlier micro-batches.
     accumulates = stage.count_accumulation_steps(workers) > 1
     accumulated = FP32_BYTES * share_of_rank if accumulates else 0
@@ -254,7 +255,7 @@ def _count_states(shape: ModelShape, workers: int) -> _States:
     else:
         # This worker's share, and the weights that are gathered while they are used.
         gathered = width * min(shape.num_elements, MAX_LIVE_PARAMETERS)
-        weights = -(-weights // workers) + gathered
+        weights = divide_up(weights, workers) + gathered
         gradient_bytes = FP32_BYTES * share_of_rank + bucket
         # A full bucket is copied when it is summed, within the backward pass unless it holds all gradients.
         bucket_copy = bucket if trained > MAX_REDUCE_BUCKET_SIZE else 0
@@ -290,10 +291,10 @@ def _count_whole_states(shape: ModelShape, workers: int) -> _States:
 
 def _offload(states: _States, shape: ModelShape, workers: int) -> _States:
     """Move states to the memory of the host, as the stage says."""
-    stage, share_of_rank = shape.plan.stage, -(-shape.num_trained // workers)
+    stage, share_of_rank = shape.plan.stage, divide_up(shape.num_trained, workers)
     width = DTYPES[stage.precision].itemsize
     if stage.offload_parameters:
-        share = -(-width * shape.num_elements // workers)
+        share = divide_up(width * shape.num_elements, workers)
         states = replace(states, weights=states.weights - share, host=states.host + share)
     if stage.offload_optimizer:
         # The host has fp32 weights, moments, fp32 gradients, and a copy of the weights that compute.

@@ -124,7 +124,7 @@ def _drop_steps_after(path: Path, stage: str, cursor: int) -> None:
     """
     if not path.exists():
         return
-    kept = []
+    remaining_lines = []
     with path.open(encoding="utf-8") as file:
         for number, line in enumerate(file, start=1):
             # A line that a crash truncated does not end with a brace and a newline.
@@ -132,5 +132,5 @@ def _drop_steps_after(path: Path, stage: str, cursor: int) -> None:
                 continue
             entry = jsonl.parse_line(line, number, path)
             if entry["stage"] != stage or entry["step"] <= cursor:
-                kept.append(line)
-    storage.write(str(path), "".join(kept).encode())
+                remaining_lines.append(line)
+    storage.write(str(path), "".join(remaining_lines).encode())

@@ -164,10 +164,10 @@ class StagePlan:
                 "are those of images that are not mirrored"
             )
         # A micro-batch has either features or pixels, so all sets with images need features.
-        opened = {}
+        features_by_set = {}
         for name, shards in sources.items():
             if name in self.features:
-                opened[name] = StoredFeatures(self.features[name], shards)
+                features_by_set[name] = StoredFeatures(self.features[name], shards)
             elif shards.has_image.any():
                 raise ValueError(
                     f"data.features: got none for {name}, which train.{self.name} mixes with "
@@ -180,17 +180,17 @@ class StagePlan:
             "precision": stage.precision,
             "tokens": self.image_tokens,
         }
-        for name, stored in opened.items():
+        for name, features in features_by_set.items():
             for value, expected in required.items():
-                actual = getattr(stored.format, value)
+                actual = getattr(features.format, value)
                 if actual != expected:
                     raise ValueError(
                         f"data.features.{name}: got features with {value} {actual}, allowed for "
                         f"train.{self.name}: {expected}; write them again with `redux shards features`"
                     )
-        if len({stored.format for stored in opened.values()}) > 1:
+        if len({features.format for features in features_by_set.values()}) > 1:
             raise ValueError(f"data.features: got features of different towers for train.{self.name}, allowed: one")
-        return opened
+        return features_by_set
 
     def build_reader(self, sources: dict[str, Shards] | None = None) -> ingest.Reader:
         """Build the reader of micro-batches, which Ray Data runs.

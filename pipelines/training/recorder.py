@@ -16,7 +16,7 @@ import os
 from collections.abc import Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import suppress
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from enum import Enum
 from pathlib import Path
 from typing import Any
@@ -31,6 +31,7 @@ from pipelines.core.words import pluralize
 from pipelines.data import consumed
 from pipelines.data.consumed import ConsumedSamples
 from pipelines.training import ledger
+from pipelines.training.ledger import Ledger
 from pipelines.training.metrics import VALIDATION_LOSS, MetricsWriter
 from pipelines.training.trackers import TrackerGroup
 
@@ -115,6 +116,31 @@ class StageStatus:
     is_waiting: bool = False
 
 
+@dataclass(kw_only=True)
+class StageState:
+    """State of the record of one stage, which only the recorder needs.
+
+    Args:
+        settings: settings of the recorder.
+        ledger: account of the run's wall time, with the account of earlier launches.
+        has_begun: a group of workers has begun.
+        furthest_step: last step that any group of workers has finished.
+        saved_cursor: step of the last committed checkpoint; 0 without one.
+        num_faults: consecutive faults without a step beyond the furthest one.
+        last_fault: step and pattern of the last fault.
+        rolled_back: steps that were rolled back once.
+    """
+
+    settings: RecorderSettings
+    ledger: Ledger
+    has_begun: bool = False
+    furthest_step: int = 0
+    saved_cursor: int = 0
+    num_faults: int = 0
+    last_fault: tuple[int, str] | None = None
+    rolled_back: set[int] = field(default_factory=set)
+
+
 class Recorder:
     """Actor that records stages, one after the other. Start it with `start_recorder`, call it by `RecorderClient`."""
 
@@ -127,6 +153,7 @@ class Recorder:
         self.pool = ThreadPoolExecutor(1)
         self.gauges: dict[str, Gauge] = {}
         self.stage_index: int | None = None
+        self._stage_state: StageState | None = None
         self.work: Any = None
         self.status = StageStatus(0, None, [], "")
         self.stop_requested = False
@@ -140,20 +167,21 @@ class Recorder:
             settings: settings of the stage.
             work: for the first stage of new workers, what `get_work` returns to them.
         """
-        self.settings = settings
         self.work = work or self.work
         self.stage_index = 0 if self.stage_index is None else self.stage_index + 1
         # A resumed stage continues the account of earlier launches.
-        self.ledger = ledger.read_ledger(settings.run)
-        for name in ledger.compute_gauges(self.ledger.account):
+        self._stage_state = StageState(settings=settings, ledger=ledger.read_ledger(settings.run))
+        for name in ledger.compute_gauges(self.state.ledger.account):
             self.gauges.setdefault(name, Gauge(name, tag_keys=("run", "stage")))
-        self.furthest_step = self.num_faults = self.saved_cursor = 0
-        self.last_fault: tuple[int, str] | None = None
-        self.has_begun = False
         self.status = StageStatus(0, None, [], "")
         self.stop_requested = False
-        self.rolled_back = set[int]()
         self._add_event("launch")
+
+    @property
+    def state(self) -> StageState:
+        """State of the open stage."""
+        assert self._stage_state, "no stage is open"
+        return self._stage_state
 
     def find_stage(self, finished_stage: int | None) -> int | NoStage:
         """Return the index of the stage that workers train next, counted from the first one of this recorder.
@@ -193,23 +221,24 @@ class Recorder:
         Returns:
             Steps that were rolled back once, or None if the workers must not continue. The driver then has the reason.
         """
+        state, settings = self.state, self.state.settings
         # Written even if the workers must not continue: they hold resources that the driver frees later.
-        storage.write(str(self.settings.run / PLACEMENT_GROUP_FILE), placement_group.encode())
+        storage.write(str(settings.run / PLACEMENT_GROUP_FILE), placement_group.encode())
         if stage != self.stage_index:
             return set()
         self.status.messages += messages
-        self.furthest_step = max(self.furthest_step, cursor)
-        self.saved_cursor = cursor
+        state.furthest_step = max(state.furthest_step, cursor)
+        state.saved_cursor = cursor
         if self.status.failure_reason or self.stop_requested:
             return None
-        if self.has_begun:
+        if state.has_begun:
             count = pluralize(workers, "worker")
-            self.add_message(f"{self.settings.stage}: restarted with {count} after step {cursor}")
-        self.has_begun = True
+            self.add_message(f"{settings.stage}: restarted with {count} after step {cursor}")
+        state.has_begun = True
 
         # Reopen the files: steps after the cursor are cut off, because they are done again.
         self._close_files()
-        self.metrics = MetricsWriter(self.settings.run, self.settings.stage, cursor)
+        self.metrics = MetricsWriter(settings.run, settings.stage, cursor)
         self.pool.submit(self._open_trackers, cursor)
         self.status.step = self.status.cursor = cursor
         self.status.starts += 1
@@ -217,7 +246,7 @@ class Recorder:
         self._add_event("start", workers=workers, cursor=cursor, restore_s=restore_s)
         # The record may already exceed a limit, also after a new launch.
         self.fail(self._check_limits(cursor))
-        return None if self.status.failure_reason else self.rolled_back
+        return None if self.status.failure_reason else state.rolled_back
 
     def write_step(self, step: int, values: dict[str, float], used: ConsumedSamples) -> bool:
         """Record one step.
@@ -236,23 +265,24 @@ class Recorder:
         if step != self.status.step + 1:
             return self.stop_requested or bool(self.status.failure_reason)
 
+        state = self.state
         # metrics.jsonl, ledger.jsonl, and the trackers in their thread.
         # JSON has no NaN and no infinity.
         finite = {name: value if math.isfinite(value) else None for name, value in values.items()}
         self.metrics.write(step, finite, used)
         if values["skipped"]:
             self.add_message(
-                f"{self.settings.stage}: loss or gradient of step {step} was not finite: its update was skipped"
+                f"{state.settings.stage}: loss or gradient of step {step} was not finite: its update was skipped"
             )
         self._add_event("step", step=step, **{name: values[name] for name in ("data_s", "compute_s", "stall_s")})
         tracked = {name: value for name in TRACKED_METRICS if (value := finite.get(name)) is not None}
-        goodput = self.ledger.account.goodput
+        goodput = state.ledger.account.goodput
         self.pool.submit(self._write_trackers, step, tracked | {"goodput": goodput})
 
         # A step beyond the furthest one is progress: faults before it no longer count.
-        if step > self.furthest_step:
-            self.furthest_step = step
-            self.num_faults = 0
+        if step > state.furthest_step:
+            state.furthest_step = step
+            state.num_faults = 0
         self.status.step = step
         self.status.loss = finite["loss"]
         self.status.worker_phase = ""
@@ -268,40 +298,41 @@ class Recorder:
         if self.stage_index is None:
             # Workers that were started early: Ray starts them again, and nothing is lost.
             return
+        state, settings = self.state, self.state.settings
         # An error that explains the others has the lowest kind: lost workers are a consequence of it.
         rank, cause = min(errors_by_rank.items(), key=lambda item: (item[1].kind, item[0]))
         reason = f"rank {rank}: {cause.text}"
-        where = f"train.{self.settings.stage}"
+        where = f"train.{settings.stage}"
         fault = (self.status.step, cause.pattern)
-        self.num_faults += 1
+        state.num_faults += 1
         if cause.kind == Kind.PERMANENT:
             self.fail(f"{where}: {reason}; {self._describe_resume()}")
-        elif cause.kind == Kind.RAISED and fault == self.last_fault:
+        elif cause.kind == Kind.RAISED and fault == state.last_fault:
             self.fail(
                 f"{where}: the same fault twice after step {self.status.step}: {reason}; {self._describe_resume()}"
             )
-        elif self.num_faults > self.settings.restarts:
+        elif state.num_faults > settings.restarts:
             self.fail(
-                f"{where}: {self.num_faults} faults in a row without a step beyond {self.furthest_step}, "
-                f"allowed: {self.settings.restarts}, recovery.restarts; the last: {reason}; {self._describe_resume()}"
+                f"{where}: {state.num_faults} faults in a row without a step beyond {state.furthest_step}, "
+                f"allowed: {settings.restarts}, recovery.restarts; the last: {reason}; {self._describe_resume()}"
             )
         if not self.status.failure_reason:
             self.status.worker_phase = STARTING_WORKERS
             self.status.messages += [f"rank {rank}: {failure.text}" for rank, failure in sorted(errors_by_rank.items())]
-        self.last_fault = fault
+        state.last_fault = fault
         # A full disk may be the fault. Then the ledger cannot be written, either.
         with suppress(OSError):
             self._add_event("fault")
 
     def _describe_resume(self) -> str:
         """Describe the progress that is safe and the way to resume."""
-        if self.saved_cursor:
-            return f"the checkpoint after step {self.saved_cursor} is safe; the same command continues from there"
+        if self.state.saved_cursor:
+            return f"the checkpoint after step {self.state.saved_cursor} is safe; the same command continues from there"
         return "there is no checkpoint yet; the same command starts this stage again"
 
     def record_checkpoint(self, cursor: int) -> None:
         """Record that a checkpoint after this step is committed."""
-        self.saved_cursor = max(self.saved_cursor, cursor)
+        self.state.saved_cursor = max(self.state.saved_cursor, cursor)
 
     def sync(self) -> None:
         """Flush the recorded steps to disk. Call it before a checkpoint is committed."""
@@ -322,7 +353,7 @@ class Recorder:
 
     def mark_rolled_back(self, step: int) -> None:
         """Record a rollback of a step that was not finite. If it repeats, the batch causes it and not the machine."""
-        self.rolled_back.add(step)
+        self.state.rolled_back.add(step)
 
     def request_stop(self) -> None:
         """Have the workers stop after a checkpoint, and prevent further starts."""
@@ -344,7 +375,8 @@ class Recorder:
     def _check_limits(self, step: int, reason: str = "") -> str:
         """Return an error if more samples were replaced or more updates skipped than the job allows, otherwise ""."""
         assert self.metrics
-        settings, where = self.settings, f"train.{self.settings.stage}"
+        settings = self.state.settings
+        where = f"train.{settings.stage}"
         if self.metrics.replaced > settings.max_replaced:
             return (
                 f"{where}: {self.metrics.replaced} samples were replaced, allowed: {settings.max_replaced:g} "
@@ -360,13 +392,14 @@ class Recorder:
         return ""
 
     def _add_event(self, event: str, **values: Any) -> None:
-        self.ledger.add(ledger.append_event(self.settings.run, event, self.settings.stage, **values))
-        tags = {"run": self.settings.job_name, "stage": self.settings.stage}
-        for name, value in ledger.compute_gauges(self.ledger.account).items():
+        state, settings = self.state, self.state.settings
+        state.ledger.add(ledger.append_event(settings.run, event, settings.stage, **values))
+        tags = {"run": settings.job_name, "stage": settings.stage}
+        for name, value in ledger.compute_gauges(state.ledger.account).items():
             self.gauges[name].set(value, tags)
 
     def _open_trackers(self, cursor: int) -> None:
-        settings = self.settings
+        settings = self.state.settings
         try:
             self.trackers = TrackerGroup(
                 settings.trackers,

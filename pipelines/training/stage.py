@@ -161,7 +161,7 @@ class Stage:
                 f"learning_rate: got {self.learning_rate}, allowed: tower alone, which is all that objective "
                 "contrastive trains"
             )
-        # DeepSpeed offloads what ZeRO divides
+        # DeepSpeed offloads what ZeRO divides.
         if self.offload_optimizer and not self.zero_stage:
             raise ValueError("offload_optimizer: got true with zero_stage 0, allowed: false, or zero_stage 1, 2 or 3")
         if self.offload_parameters and self.zero_stage != 3:

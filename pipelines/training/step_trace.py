@@ -22,6 +22,7 @@ from transformers import AttentionInterface
 
 from redux.attention import ATTENTION_NAME, inhibited_attention
 from redux.conversation import IGNORE_INDEX
+from redux.rounding import round_up
 
 Device = Literal["cpu", "cuda"]
 
@@ -76,7 +77,7 @@ class ByteCounter:
         key = storage._cdata
         if key in self._known:
             return
-        size = -(-storage.nbytes() // self.block_bytes) * self.block_bytes
+        size = round_up(storage.nbytes(), self.block_bytes)
         self._known[key] = size
         self.live += size
         self.peak = max(self.peak, self.live)
@@ -238,7 +239,7 @@ def _fused_attention(
             t2i = query.new_zeros(batch, rows, columns, dtype=torch.float32)
             t2t = query.new_zeros(batch, rows, rows, dtype=torch.float32) if inhibition.cmai.focus != "tia" else None
             focus = t2i if t2t is None else torch.baddbmm(t2i, t2t, t2i)
-            pairs = torch.ones(batch, length, -(-length // 16) * 16, dtype=torch.bool, device="meta")
+            pairs = torch.ones(batch, length, round_up(length, 16), dtype=torch.bool, device="meta")
             del t2i, t2t, focus
     return _FusedAttention.apply(query, key, value, pairs).transpose(1, 2), None
 

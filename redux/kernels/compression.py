@@ -15,7 +15,7 @@ import triton.language as tl
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
-from redux.kernels.sizes import divide_up, next_power_of_two
+from redux.rounding import divide_up, next_power_of_two
 from redux.settings import VMTC, CompressionStage
 
 _RAW, _NORMALIZED, _TOTAL = tl.constexpr(0), tl.constexpr(1), tl.constexpr(2)

@@ -19,7 +19,7 @@ from jaxtyping import Bool, Float
 from torch import Tensor
 
 from redux.kernels.masked_attention import unit_stride
-from redux.kernels.sizes import divide_up, next_power_of_two
+from redux.rounding import divide_up, next_power_of_two
 
 if TYPE_CHECKING:
     from redux.decoding import DecodingStep

@@ -13,7 +13,7 @@ import triton.language as tl
 from jaxtyping import Float
 from torch import Tensor
 
-from redux.kernels.sizes import next_power_of_two
+from redux.rounding import next_power_of_two
 
 
 def score_importance(

@@ -25,7 +25,7 @@ import triton.language as tl
 from jaxtyping import Float, Int
 from torch import Tensor
 
-from redux.kernels.sizes import divide_up, next_power_of_two
+from redux.rounding import divide_up, next_power_of_two, round_up
 from redux.settings import KMeansSeeds
 
 _EPSILON = tl.constexpr(1e-12)  # Least length that F.normalize divides by
@@ -51,7 +51,7 @@ def cluster_tokens(
     """
     batch, dim = tokens.shape[0], tokens.shape[2]
     count = tokens.shape[1] if index is None else index.shape[1]
-    row = divide_up(count, 16) * 16  # Rows of G start at multiples of 64 bytes
+    row = round_up(count, 16)  # Rows of G start at multiples of 64 bytes
     gram = tokens.new_empty(batch, count, row, dtype=torch.float32)
     label = torch.empty(batch, count, dtype=torch.long, device=tokens.device)
     block_c = max(16, next_power_of_two(clusters))

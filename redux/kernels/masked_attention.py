@@ -19,7 +19,7 @@ import triton.language as tl
 from jaxtyping import Bool, Float, Int, UInt8
 from torch import Tensor
 
-from redux.kernels.sizes import divide_up, next_power_of_two
+from redux.rounding import divide_up, next_power_of_two, round_up
 
 
 class Tiles(NamedTuple):
@@ -404,7 +404,7 @@ class KeyMask(NamedTuple):
 
 def make_key_mask(batch: int, length: int, device: torch.device) -> Bool[Tensor, "batch rows keys"]:
     """Make a mask that drops no pair, with the row stride that the kernels need."""
-    stride = divide_up(length, 16) * 16
+    stride = round_up(length, 16)
     return torch.ones(batch, length, stride, dtype=torch.bool, device=device)[:, :, :length]
 
 

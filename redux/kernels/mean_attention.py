@@ -18,7 +18,7 @@ from jaxtyping import Float, Int, UInt8
 from torch import Tensor
 
 from redux.kernels.masked_attention import LOG2_E, Tiles, launch_options, load_rows, unit_stride, visible_pairs
-from redux.kernels.sizes import divide_up
+from redux.rounding import divide_up, round_up
 
 LOG_SUM_EXP_TILES = {2: Tiles(64, 64, 4, 3), 4: Tiles(64, 32, 4, 2)}
 MEAN_TILES = {2: Tiles(64, 64, 4, 3), 4: Tiles(64, 32, 4, 2)}
@@ -203,7 +203,7 @@ def mean_attention(
             **launch_options(query, tiles),
         )  # fmt: skip
     # Rows begin at multiples of 64 bytes, so that loads in the product of eq. 10 stay wide.
-    stride = divide_up(rows, 16) * 16
+    stride = round_up(rows, 16)
     t2t = query.new_empty(batch, rows, stride, dtype=torch.float32) if neighbours else None
     tiles = MEAN_TILES[query.element_size()]
     _mean[(divide_up(length, tiles.keys), divide_up(rows, tiles.rows), batch)](

@@ -13,7 +13,7 @@ import triton.language as tl
 from jaxtyping import Bool, Float, Int, UInt8
 from torch import Tensor
 
-from redux.kernels.sizes import next_power_of_two
+from redux.rounding import next_power_of_two
 
 WARPS: int | None = None
 """Warps of a program; None is one for up to 512 image tokens, else two."""

@@ -38,7 +38,7 @@ def save_model(folder: Path) -> None:
         for weight in model.parameters():
             if weight.dim() > 1:
                 weight.mul_(0.16 / weight.std())  # logits of different words and images differ visibly
-        # no answer has an end or another special token: their logits are 0, and a word's is always higher
+        # No answer has an end or another special token: their logits are 0, and a word's is always higher.
         model.get_output_embeddings().weight[tokenizer.all_special_ids] = 0
     record_training_format(model, tokenizer, "vicuna_v1", "pad")
     model.save_pretrained(folder)

@@ -290,7 +290,7 @@ def kill(process: Process) -> None:
     if process.poll() is None:
         parent = psutil.Process(process.pid)
         tree = [parent, *parent.children(recursive=True)]
-        # suspended first, so that none sees another one end
+        # Suspended first, so that none sees another one end.
         for act in (psutil.Process.suspend, psutil.Process.kill):
             for member in tree:
                 with suppress(psutil.NoSuchProcess):

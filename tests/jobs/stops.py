@@ -55,7 +55,7 @@ class Command:
 
     def __init__(self, words: Sequence[str], environment: dict[str, str], with_forks: bool) -> None:
         self.mark = uuid.uuid4().hex
-        # Ray's sockets lie in it, whose paths have at most 107 characters
+        # Ray's sockets lie in it, whose paths have at most 107 characters.
         self.scratch = Path(tempfile.mkdtemp(prefix="s", dir="/tmp"))
         inherited = {name: value for name, value in os.environ.items() if name not in ("RAY_ADDRESS", "RAY_TMPDIR")}
         folders = {"TMPDIR": str(self.scratch), "RAY_TMPDIR": str(self.scratch)}

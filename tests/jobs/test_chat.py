@@ -80,7 +80,7 @@ def test_options_change_model_and_sampling(folder: Path) -> None:
 )
 def test_mistakes_are_one_line(folder: Path, words: list[str], error: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(folder)
-    # huggingface_hub has read the environment; online, it would ask for minutes
+    # huggingface_hub has read the environment; online, it would ask for minutes.
     monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", True)
     result = run_command("ask", *words)
     assert (result.code, result.out) == (2, "")
@@ -134,7 +134,7 @@ class Terminal:
 
     def __init__(self, *words: str) -> None:
         self.terminal, inside = pty.openpty()
-        # the new session's leader takes the terminal as its own, so that Ctrl-C reaches it as a signal
+        # The new session's leader takes the terminal as its own, so that Ctrl-C reaches it as a signal.
         self.process = subprocess.Popen(
             [sys.executable, "-m", "jobs.command", *words],
             stdin=inside,
@@ -146,7 +146,7 @@ class Terminal:
         )
         os.close(inside)
         self.output = ""
-        # a read may end within a character, or within the end of a line
+        # A read may end within a character, or within the end of a line.
         self.decoder = io.IncrementalNewlineDecoder(codecs.getincrementaldecoder("utf-8")("replace"), translate=True)
 
     def wait_for(self, pattern: str) -> str:
@@ -165,7 +165,7 @@ class Terminal:
 
 @pytest.fixture
 def terminal(folder: Path) -> Iterator[Terminal]:
-    # background jobs of a shell, such as the tests may be, ignore it, and their children
+    # Background jobs of a shell, such as the tests may be, ignore it, and their children.
     signal.signal(signal.SIGINT, signal.default_int_handler)
     terminal = Terminal("chat", str(folder / "m"), "--max-new-tokens", "30000")
     yield terminal
@@ -190,7 +190,7 @@ def test_a_conversation_in_a_terminal(terminal: Terminal, folder: Path) -> None:
     terminal.wait_for(r"gone\.png: not found")
     terminal.type(f"/image {folder}/a b.png\n")
     terminal.wait_for(r"a b.png goes with the next question")
-    # the answer would take minutes
+    # The answer would take minutes.
     terminal.type(f"{QUESTION}\n")
     terminal.wait_for(re.escape(f"{QUESTION}\n{expected.text}"))
     os.write(terminal.terminal, b"\x03")

@@ -166,7 +166,7 @@ def test_a_clean_job_has_no_problem(
         "overlap: 0 of 40 questions of clean are in chats (all samples compared, 40 of them also by thumbnails)"
         in lines
     )
-    # nothing was written
+    # Nothing was written.
     assert list(tmp_path.iterdir()) == []
 
 
@@ -262,7 +262,7 @@ def test_image_tokens_other_than_the_towers(
 def test_answers_without_an_end_token(
     material: Material, sets: dict[str, str], check: Callable[..., CommandResult], tmp_path: Path
 ) -> None:
-    # a tokenizer that takes "</s>" in a text apart
+    # A tokenizer that takes "</s>" in a text apart.
     language = tmp_path / "language"
     language.mkdir()
     for file in Path(material.parts["language"]).iterdir():
@@ -348,7 +348,7 @@ def test_images_that_some_records_exchanged(
     checked = swap(COUNT // 2, "half")
     assert checked.code == 2
     assert "data.sets.chats: 20 of 40 records have the image of another record, 20 their own one" in checked.err
-    # two records may be a coincidence
+    # Two records may be a coincidence.
     assert swap(2, "two").code == 0
 
 
@@ -389,7 +389,7 @@ def test_missing_files_of_all_kinds_are_listed_together(
         "evaluate.tasks.own.file: ",
     ):
         assert any(expected in problem for problem in problems), (expected, problems)
-    # the other stage was checked all the same
+    # The other stage was checked all the same.
     assert "  chats: 48 samples, 48 drawn" in checked.out
 
 

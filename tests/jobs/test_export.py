@@ -280,7 +280,7 @@ def test_the_card_has_the_effect_of_cmai_or_the_command_that_measures_it(run: Pa
     model = run / "checkpoints" / "instruct" / "model"
     assert (off.train, off.model.cmai, off.model.vmtc) == ({}, None, "checkpoint")
     assert off.model.checkpoint == str(model)
-    # the evaluation that this command would leave
+    # The evaluation that this command would leave.
     (run_off := run.parent / off.name).mkdir()
     (run_off / JOB_FILE).write_text(schema.dump(off))
     vmtc = ReduxForConditionalGeneration.config_class.from_pretrained(model).vmtc

@@ -87,7 +87,7 @@ def test_a_run_with_features_is_the_run_with_images(job: Path, run: Callable[...
     assert len(read_losses(runs / "features")) == STEPS
     assert read_losses(runs / "features") == read_losses(runs / "images")
 
-    # before Ray starts, and in the worker that has loaded the tower
+    # Before Ray starts, and in the worker that has loaded the tower.
     early = run("name=early", f"data.features.talk={features}", "train.instruct.precision=bf16")
     assert early.code == 2
     assert "data.features.talk: got features with precision fp32, allowed for train.instruct: bf16" in early.err

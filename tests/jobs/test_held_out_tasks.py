@@ -109,17 +109,17 @@ def test_a_run_asks_the_held_out_samples_and_shows_them(tmp_path: Path) -> None:
     held_out = select_held_out(10, 0.3, "mine").tolist()
     assert [row["prompt"] for row in rows] == [f"Is {number} red?" for number in held_out]
     assert json.loads((run / "scores.json").read_text())["chats.questions"] == 3
-    # the page shows the images of these questions, and the command asks the first
+    # The page shows the images of these questions, and the command asks the first.
     assert (run / "report.html").read_text().count("data:image") >= 3
     [command] = [line for line in result.out.splitlines() if line.startswith("ask it: ")]
     *_, image, question = shlex.split(command)
     assert question == rows[0]["prompt"]
     assert Path(image).read_bytes() == (tmp_path / f"{held_out[0]}.png").read_bytes()
-    # the job in the run folder is the same job, and nothing is left to do
+    # The job in the run folder is the same job, and nothing is left to do.
     again = run_command("run", run / "job.yaml", "--runs-dir", tmp_path / "runs")
     assert (again.code, "asks is finished" in again.out) == (0, True), again.err
     assert "starting Ray" not in again.out
-    # another share asks other samples, and no answer is of another question
+    # Another share asks other samples, and no answer is of another question.
     refused = run_command(*words, "data.hold_out=0.5")
     assert refused.code == 2
     assert "data.hold_out" in refused.err

@@ -188,7 +188,7 @@ def test_wrong_answers_are_explained_and_asked_again(files: Path, capsys: pytest
     job = write_and_load(answers, files)
     assert job.name == "run"
     explained = re.findall(r"^  (.*)$", capsys.readouterr().out, re.M)
-    # seven answers are right; one line counts the records
+    # Seven answers are right; one line counts the records.
     assert len(explained) == len(answers) - 7 + 1
     assert [line for line in explained if "allowed" not in line and "checked: " not in line] == []
 
@@ -217,7 +217,7 @@ def test_the_dialog_in_a_terminal(tmp_path: Path) -> None:
     if pid == 0:
         os.execv(sys.executable, [sys.executable, "-m", "jobs.command", "init", str(path)])
     output = b""
-    # each answer is typed when its question is there
+    # Each answer is typed when its question is there.
     for question, answer in (
         (b"[easy-vqa]: ", b"nowhere\n"), (b"[easy-vqa]: ", b"\n"), (b"GPUs [", b"0\n"), (b"[small]: ", b"\n"),
         (b"[easy-vqa]: ", b"typed\n"),

@@ -150,7 +150,7 @@ def test_the_tokenizer_is_that_of_the_assembled_model(
     assert early.get_vocab() == late.get_vocab()
     for name in ("model_max_length", "pad_token", "eos_token", "chat_template"):
         assert getattr(early, name) == getattr(late, name)
-    # the pictures before and after assembling are those of the pretrained tower
+    # The pictures before and after assembling are those of the pretrained tower.
     with open_stages(job, run_folder) as stages:
         [work] = stages.values()
         [sample] = draw_samples(work.reader, "talk", 1, 0)
@@ -207,7 +207,7 @@ def test_a_run_is_shown_with_its_own_tokenizer(write_job: Callable[..., Path], t
     texts = [run_command("look", *words, "--text").out.partition("\n\n")[2] for words in ([folder], [path])]
     texts += [run_command("look", path, "--runs-dir", tmp_path / "runs", "--text").out.partition("\n\n")[2]]
     assert texts[0] == texts[1] == texts[2] != ""
-    # a job with another seed has another order, and its run folder is another one's
+    # A job with another seed has another order, and its run folder is another one's.
     other = resolve_job(schema.load(path, ["seed=1"]), folder)
     assert find_tokenizer(other, folder) is None
 
@@ -259,7 +259,7 @@ def test_the_page_fits_a_phone_and_a_desktop(folder: Path, tmp_path: Path) -> No
             assert browser.run("document.documentElement.scrollWidth") <= width
             assert browser.run("[...document.images].every((image) => image.naturalWidth > 0)")
             assert browser.run("[...document.images].every((image) => image.alt)")
-            # a figure beside the tokens on a desktop, above them on a phone
+            # A figure beside the tokens on a desktop, above them on a phone.
             boxes = "['.images', '.images ~ div'].map((part) => document.querySelector(`.sample ${part}`)"
             boxes += ".getBoundingClientRect()).map((box) => [box.left, box.top])"
             (left, top), (tokens_left, tokens_top) = browser.run(boxes)

@@ -179,7 +179,7 @@ def are_equal(first: list[Any], second: list[Any]) -> bool:
     return all(map(torch.equal, first, second))
 
 
-# in small, those of 13b differ from those of 7b in their name alone
+# In small, those of 13b differ from those of 7b in their name alone.
 @pytest.fixture(
     scope="module",
     params=[

@@ -187,7 +187,7 @@ MAXIMUM = {"model.cmai.gamma_max": {"low": 0.0, "high": 0.9}}
         ({"limits": {"flops": {}}}, r"limits\.flops\.at_most: got None, and at_least None, allowed: one of the two"),
         ({"prune": {"every": 20, "first": 30}}, r"prune\.first: got 30, allowed: a multiple of every, 20"),
         ({"num_trials": 1}, "num_trials: got 1, allowed: more than the 1 references"),
-        # these two need files, and are refused when the search runs
+        # These two need files, and are refused when the search runs.
         ({"objectives": {"easy_vqa.acuracy": "max"}}, "objectives: got easy_vqa.acuracy, allowed: easy_vqa.accuracy, "),
         ({"limits": {"flop": {"at_most": 1}}}, "limits: got flop, allowed: easy_vqa.accuracy, "),
     ],

@@ -491,7 +491,7 @@ def test_a_killed_replica_costs_no_request_its_answer(server: Server, model: Cha
     stream = iter(server.ask(QUESTION, stream=True, max_tokens=limit))
     texts = [next(stream).choices[0].delta.content or "" for _ in range(20)]
     replica.send_signal(signal.SIGKILL)
-    # while no replica lives
+    # This runs while no replica lives.
     assert server.ask(QUESTION).choices[0].message.content == answer_here(model, Message(role="user", text=QUESTION))
     texts += [chunk.choices[0].delta.content or "" for chunk in stream]
     assert "".join(texts) == expected
@@ -545,7 +545,7 @@ def test_two_replicas_answer_as_one_does(folder: Path, model: ChatModel) -> None
         assert len(replicas) == 2
         check_answers_of_many_callers(server, model)
         assert server.send("GET", "/v1/models", headers={"Authorization": "Bearer wrong"})[0] == 401
-        # each copy alone gives the answers of both
+        # Each copy alone gives the answers of both.
         replicas[0].send_signal(signal.SIGKILL)
         check_answers_of_many_callers(server, model)
         command.send(signal.SIGINT, "group")

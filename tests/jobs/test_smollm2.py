@@ -135,7 +135,7 @@ def test_an_applied_variant_evaluates_the_model_of_its_variant(recipe: Study, tm
             assert not job.train
     without = jobs["both-without-0"]
     assert (without.model.vmtc, without.model.cmai, without.model.reduction) == (None, None, "checkpoint")
-    # an evaluation comes after the run whose model it needs
+    # An evaluation comes after the run whose model it needs.
     names = list(jobs)
     assert all(
         names.index(f"{applied.variant}-0") < names.index(f"{name}-0")
@@ -271,7 +271,7 @@ def list_wordings(text: str) -> list[str]:
     """List patterns of an instruction: its parts between arguments of at least three words, or else the whole text."""
     parts = [normalize(part) for part in re.split(r"\{[^}]+\}", text)]
     long = [part for part in parts if len(part.split()) >= 3]
-    # an argument has up to three words
+    # An argument has up to three words.
     return long or [r"(?: [\w']+){1,3} ".join(part for part in parts if part)]
 
 
@@ -449,5 +449,5 @@ def test_tables_show_the_whole_study_after_its_shares_are_copied_into_one_folder
     text = (tmp_path / "tables" / "tables.md").read_text()
     for name in ("llava", "both", "both-without", "llava-with-cmai-60", "upper-limit", "bare-language-model"):
         assert re.search(rf"^\| {name} \|", text, re.MULTILINE), name
-    # both seeds are one model, although their runs were made in different folders
+    # Both seeds are one model, although their runs were made in different folders.
     assert "| LLaVA-1.5 | 2 seeds" in text

@@ -96,7 +96,7 @@ def test_a_set_may_be_a_file_of_another_form(chats: Path, tmp_path: Path) -> Non
     resolved = resolve_job(job, run)
     assert resolved.data.make == {"mine": SetSource(source=str(chats))}
     assert locate_sets(resolved, run) == resolved.data.sets == {"mine": str(run / "shards" / "mine")}
-    # the resolved job is a job, and resolves to itself
+    # The resolved job is a job, and resolves to itself.
     (tmp_path / "job.yaml").write_text(schema.dump(resolved))
     assert resolve_job(schema.load(tmp_path / "job.yaml"), run) == resolved
 

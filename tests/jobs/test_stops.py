@@ -131,7 +131,7 @@ def assert_stopped(stopped: StoppedCommand, run: Path, incomplete: int = 0) -> N
     assert "Traceback" not in stopped.output
     assert stopped.output.count("redux: interrupted; the same command continues from the last checkpoint\n") == 1
     assert stopped.processes == []
-    # torch and Ray each keep a folder for all processes of a user
+    # torch and Ray each keep a folder for all processes of a user.
     assert [path for path in stopped.files if not re.fullmatch(r"torchinductor_[^/]*|ray", path)] == []
     leftovers = r"\.(partial|tmp)|/\.placement_group$|/\.probe$"
     unfinished = [path for path in run.rglob("*") if re.search(leftovers, str(path))]

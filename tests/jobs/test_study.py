@@ -119,7 +119,7 @@ def test_data_in_another_form_is_made_into_one_set_for_all_runs(
     made = tmp_path / "runs" / ("shared/shards" if shared else "shards") / "mine"
     for name, job in jobs.items():
         assert job.data.sets == {"mine": str(made)}
-        # the shared run makes the set, or else the first run, and the others find it finished
+        # The shared run makes the set, or else the first run, and the others find it finished.
         makes_set = name == "shared" or not shared
         assert {n: source.source for n, source in job.data.make.items()} == (
             {"mine": str(tmp_path / "mine.jsonl")} if makes_set else {}

@@ -164,7 +164,7 @@ class Handler(BaseHTTPRequestHandler):
         answer = connection.getresponse()
         data = answer.read()
         connection.close()
-        # the answer to HEAD has no body, so its length is that of the file
+        # The answer to HEAD has no body, so its length is that of the file.
         length = answer.headers.get("Content-Length", "0") if self.command == "HEAD" else str(len(data))
         headers = [(name, value) for name, value in answer.getheaders() if name not in ("Content-Length", "Connection")]
         if fault == "drop":

@@ -67,7 +67,7 @@ def read_stream(cluster: Cluster, reader: Reader, log: Path) -> dict[str, Any]:
     with ThreadPoolExecutor(WORKERS) as pool:
         ranks = [pool.submit(read, rank) for rank in range(WORKERS)]
         assert is_reading.wait(timeout=400)
-        # a node whose blocks nobody has read yet; the main thread does it, as Ray's nodes handle signals
+        # A node whose blocks nobody has read yet; the main thread does it, as Ray's nodes handle signals.
         node = min(cluster.worker_nodes, key=lambda node: node.node_id)
         power_off(node)
         cluster.worker_nodes.remove(node)
@@ -83,7 +83,7 @@ def main(folder: Path) -> None:
     reader = cloudpickle.loads((folder / "reader.pickle").read_bytes())
     log = folder / "nodes"
     log.mkdir()
-    # small blocks: many of them are on the way when the node dies
+    # Small blocks: many of them are on the way when the node dies.
     ingest.MAX_BLOCK_SAMPLES = 8
     cluster = Cluster(
         initialize_head=True,
@@ -102,6 +102,6 @@ def main(folder: Path) -> None:
 if __name__ == "__main__":
     os.environ.setdefault("RAY_gcs_rpc_server_reconnect_timeout_s", "5")
     main(Path(sys.argv[1]))
-    # threads still read the stream, from a cluster that is gone
+    # Threads still read the stream, from a cluster that is gone.
     sys.stdout.flush()
     os._exit(0)

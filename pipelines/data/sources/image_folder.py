@@ -52,11 +52,11 @@ def read_image_folder(
     if len(tables) > 1:
         raise ValueError(f"{storage.join(folder, below)}: got {' and '.join(tables)}, allowed: one of them")
     if tables:
-        # a table is about the images below it as well
+        # A table is about the images below it as well.
         for origin, row in _read_metadata(folder, posixpath.join(below, tables[0])):
             yield origin, row, None
         return
-    # caption files are looked up in the listing: a request for each would be slow on a store
+    # Caption files are looked up in the listing: a request for each would be slow on a store.
     known = frozenset(names)
     images = [name for name in names if split_suffix(name)[1] in IMAGE_SUFFIXES]
     images_of_stem = Counter(split_suffix(name)[0] for name in images)
@@ -67,7 +67,7 @@ def read_image_folder(
             detail = f"{images_of_stem[stem]} images are named {stem}"
             rejection = RecordRejection("several images", "image", path, detail)
         yield path, {**row, "id": posixpath.join(below, stem), "image": path}, rejection
-    # folder after folder, so that the order is that of the paths
+    # Read folder after folder, so that the order is that of the paths.
     for name in storage.list_folders(storage.join(folder, below)):
         yield from read_image_folder(folder, columns, posixpath.join(below, name), parents | {resolved})
 
@@ -94,10 +94,10 @@ def _read_texts(
         if name and suffix != "json"
     }
     metadata = _read_object(storage.join(folder, names["json"])) if names["json"] else {}
-    # a column map may name any value; without text files, the JSON may be a whole record
+    # A column map may name any value; without text files, the JSON may be a whole record.
     if not texts or columns.keys() - {"image", "id"}:
         return {**metadata, **texts}, None
-    # of the JSON beside a text, only captions count: it may be about something else, such as boxes
+    # Of the JSON beside a text, only captions count: it may be about something else, such as boxes.
     captions = {str(names[suffix]): text for suffix, text in texts.items()}
     captions |= {f"{names['json']}[{key}]": metadata[key] for key in TEXT_COLUMNS if isinstance(metadata.get(key), str)}
     if len({text.strip() for text in captions.values()}) > 1:

@@ -1,7 +1,7 @@
 """Records of a JSON file, one after the other: a JSON list, JSON lines, or one record.
 
 A file is read in chunks, so that memory does not grow with it. A record that Python cannot parse (nested too deep, a
-number of thousands of digits, a damaged line) is returned as its text, and is rejected later.
+number of thousands of digits, a damaged line) is returned as an `UnparsedRecord`, and is rejected later.
 """
 
 import codecs
@@ -12,7 +12,7 @@ from collections.abc import Iterable, Iterator
 from typing import Any
 
 from pipelines.core import storage
-from pipelines.data.records import MAX_DEPTH, shorten, shorten_text
+from pipelines.data.records import MAX_DEPTH, UnparsedRecord, describe_json_error, shorten, shorten_text
 
 MAX_JSON_RECORD_CHARACTERS = 2**28
 """Maximum length of one record. A longer one is a damaged file: an open quotation mark makes one text of its rest."""
@@ -44,10 +44,10 @@ def iterate_json(chunks: Iterable[bytes], name: str, known_columns: frozenset[st
         ValueError: the file has another form or no record.
     """
     text = _TextReader(chunks, name)
-    first = text.peek()
-    if not first:
+    character = text.peek()
+    if not character:
         raise ValueError(f"{name}: an empty file, {ALLOWED_JSON}")
-    if first == "[":
+    if character == "[":
         yield from _iterate_list(text, name)
     else:
         yield from _iterate_lines(text, name, known_columns)
@@ -73,7 +73,7 @@ class _TextReader:
         self.consumed += self.position
         parts = [self.text[self.position :]]
         self.position = added = 0
-        # at least as much as is there: each retry of a long record then costs no more than all before
+        # Read at least as much as is there: each retry of a long record then costs no more than all before.
         while added < pending and not self.is_complete:
             chunk = next(self._chunks, None)
             self.is_complete = chunk is None
@@ -106,7 +106,7 @@ class _TextReader:
                 return ""
 
     def take_value(self) -> Any:
-        """Parse the value that begins here, or return its text if Python cannot parse it."""
+        """Parse the value that begins here. An `UnparsedRecord` if Python cannot parse it."""
         while True:
             try:
                 value, end = _DECODER.raw_decode(self.text, self.position)
@@ -115,9 +115,9 @@ class _TextReader:
                 if may_be_cut and self.fill():
                     continue
                 raise self.describe_damage(error.msg, error.pos) from None
-            except (ValueError, RecursionError):  # too many digits, too deep
-                return self._take_text()
-            # a number may go on in the next chunk
+            except (ValueError, RecursionError) as error:  # too many digits, too deep
+                return UnparsedRecord(self._take_text(), describe_json_error(error))
+            # A number may go on in the next chunk.
             if end < len(self.text) or not self.fill():
                 self.position = min(end, len(self.text))
                 return value
@@ -160,7 +160,7 @@ class _TextReader:
 
 def _iterate_list(text: _TextReader, name: str) -> Iterator[tuple[str, Any]]:
     text.position += 1
-    # item by item, so that a damaged or deep one does not end the others
+    # Parse item by item, so that a damaged or deep one does not end the others.
     number = 0
     while (mark := text.peek()) != "]" or number:
         if not mark:
@@ -182,32 +182,34 @@ def _iterate_list(text: _TextReader, name: str) -> Iterator[tuple[str, Any]]:
 
 def _iterate_lines(text: _TextReader, name: str, known_columns: frozenset[str]) -> Iterator[tuple[str, Any]]:
     lines = _parse_lines(text)
-    # one object alone may be a wrapper of the list
-    first = next(lines)
-    second = next(lines, None)
-    if second is None:
-        position, record, problem = first
-        yield position, _check_only_record(record, name, known_columns, problem)
+    # One object alone may be a wrapper of the list.
+    first_line = next(lines)
+    second_line = next(lines, None)
+    if second_line is None:
+        position, record = first_line
+        yield position, _check_only_record(record, name, known_columns)
         return
     has_object = False
-    for position, record, _ in itertools.chain([first, second], lines):
+    for position, record in itertools.chain([first_line, second_line], lines):
         has_object |= isinstance(record, dict)
         yield position, _check_depth(record)
     if not has_object:
-        raise ValueError(f"{name}: not JSON: {first[2] or 'no line is an object'}, {ALLOWED_JSON}")
+        record = first_line[1]
+        problem = record.problem if isinstance(record, UnparsedRecord) else "no line is an object"
+        raise ValueError(f"{name}: not JSON: {problem}, {ALLOWED_JSON}")
 
 
-def _parse_lines(text: _TextReader) -> Iterator[tuple[str, Any, str]]:
-    """Yield position, value, and the error of a line that is not JSON. An object over several lines is one value."""
+def _parse_lines(text: _TextReader) -> Iterator[tuple[str, Any]]:
+    """Yield position and value of each line. An object over several lines is one value."""
     number = 0
     while (line := text.take_line()) is not None:
         number += 1
         if not line.strip():
             continue
         try:
-            yield f"line {number}", json.loads(line), ""
+            yield f"line {number}", json.loads(line)
         except (ValueError, RecursionError) as error:
-            # only the first line can begin an object of several lines
+            # Only the first line can begin an object of several lines.
             if number == 1 and isinstance(error, json.JSONDecodeError):
                 text.untake_line(line)
                 try:
@@ -217,30 +219,32 @@ def _parse_lines(text: _TextReader) -> Iterator[tuple[str, Any, str]]:
                 else:
                     if text.peek():
                         raise text.describe_damage("Extra data") from None
-                    yield "item 0", record, ""
+                    yield "item 0", record
                     return
-            yield f"line {number}", line.strip(), str(error)
+            yield f"line {number}", UnparsedRecord(line.strip(), describe_json_error(error))
 
 
-def _check_only_record(record: Any, name: str, known_columns: frozenset[str], problem: str) -> Any:
+def _check_only_record(record: Any, name: str, known_columns: frozenset[str]) -> Any:
     """Return the only value of a file, if it is a record."""
     if isinstance(record, dict) and record.keys() & known_columns:
         return _check_depth(record)
-    if isinstance(record, dict):
+    if isinstance(record, UnparsedRecord):
+        got = f"not JSON: {record.problem}"
+    elif isinstance(record, dict):
         got = f"got one object with {shorten_text(', '.join(record), 80)}"
     else:
-        got = f"not JSON: {problem}" if problem else f"got {type(record).__name__}"
+        got = f"got {type(record).__name__}"
     raise ValueError(f"{name}: {got}, {ALLOWED_JSON}")
 
 
 def _check_depth(record: Any) -> Any:
-    """Return a record, or its text if lists and objects are nested deeper than MAX_DEPTH."""
+    """Return a record. An `UnparsedRecord` if lists and objects are nested deeper than MAX_DEPTH."""
     level = [record]
-    # breadth first, since recursion has a limit, too
+    # Search breadth first, since recursion has a limit, too.
     for _ in range(MAX_DEPTH):
         containers = [item for item in level if isinstance(item, list | dict)]
         children = [child for item in containers for child in (item.values() if isinstance(item, dict) else item)]
         level = [child for child in children if isinstance(child, list | dict)]
         if not level:
             return record
-    return shorten(record)
+    return UnparsedRecord(shorten(record), f"nested deeper than {MAX_DEPTH}")

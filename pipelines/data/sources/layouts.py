@@ -109,18 +109,18 @@ def find_layout(source: str) -> Layout:
     """
     if not source.strip():
         raise ValueError(f"source: got an empty text, allowed: {ALLOWED_SOURCES}")
-    # the name of an entry follows a colon, which no other source has after this file name
+    # The name of an entry follows a colon, which no other source has after this file name.
     path, _, entry = source.partition(f"{LLAMA_FACTORY_FILE}:")
     if entry:
         return _find_llama_factory(path + LLAMA_FACTORY_FILE, entry)
     folder, name = posixpath.split(source.rstrip("/"))
-    # a file or a folder may have these characters in its own name
+    # A file or a folder may have these characters in its own name.
     is_pattern = any(mark in name for mark in "*?[") and not storage.exists(source)
     if is_pattern and not (storage.list_files(source) or storage.list_folders(source)):
-        found = fnmatch.filter(list_visible(folder or "."), name)
-        if not found:
+        matches = fnmatch.filter(list_visible(folder or "."), name)
+        if not matches:
             raise ValueError(f"{source}: no file matches, allowed: a pattern of names in {folder or '.'}")
-        return _choose_files(source, folder or ".", found)
+        return _choose_files(source, folder or ".", matches)
     if storage.exists(source):
         return _find_file(source)
     return _find_folder(source.rstrip("/") or "/")
@@ -138,7 +138,7 @@ def _find_file(url: str) -> Layout:
         raise ValueError(f"{url}: pickled, allowed: {ALLOWED_SOURCES}; nothing is unpickled")
     if name == LLAMA_FACTORY_FILE:
         return _find_llama_factory(url, "")
-    # a file with another name may be JSON: reading it shows that
+    # A file with another name may be JSON: reading it shows that.
     return Layout(KIND_BY_SUFFIX.get(suffix, "json"), (url,), storage.find_parent(url))
 
 
@@ -156,18 +156,18 @@ def _find_packed_kind(name: str) -> FileKind | None:
 
 def _choose_files(source: str, folder: str, names: list[str]) -> Layout:
     """Choose the files of a folder, which must be of one kind and of one split."""
-    # files of other kinds, such as a README, are not data
+    # Files of other kinds, such as a README, are not data.
     kinds = sorted({KIND_BY_SUFFIX[suffix] for name in names if (suffix := split_suffix(name)[1]) in KIND_BY_SUFFIX})
     for name in names:
         packed = _find_packed_kind(name)
-        # a part of the data would be missing
+        # A part of the data would be missing.
         if packed and (not kinds or packed in kinds) and split_suffix(name)[0] not in names:
             raise _describe_compressed(storage.join(folder, name))
     if len(kinds) != 1:
         got = " and ".join(kinds) if kinds else f"files such as {names[0]}"
         raise ValueError(f"{source}: got {got}, allowed: files of one kind; give a pattern such as {source}/*.jsonl")
     chosen = [name for name in names if KIND_BY_SUFFIX.get(split_suffix(name)[1]) == kinds[0]]
-    # the hub's names of parts: SPLIT-00000-of-00002.parquet
+    # The hub's names of parts: SPLIT-00000-of-00002.parquet.
     splits = sorted({match[1] for name in chosen if (match := re.match(r"(.+?)-\d{5}-of-\d{5}\b", name))})
     if len(splits) > 1:
         raise ValueError(
@@ -186,7 +186,7 @@ def _find_folder(folder: str) -> Layout:
         raise ValueError(f"{folder}: does not exist, allowed: {ALLOWED_SOURCES}")
     if ENERGON_DIR in folders:
         return _find_energon(folder)
-    # descriptions come before files, and tars before the tables beside them
+    # Descriptions come before files, and tars before the tables beside them.
     suffixes = {split_suffix(name)[1] for name in names}
     if "state.json" in names and LLAMA_FACTORY_FILE in names:  # written by `datasets`, not by LLaMA-Factory
         return _choose_files(folder, folder, [name for name in names if name.endswith(".arrow")])
@@ -212,7 +212,7 @@ def _has_images_below(folder: str, names: list[str], folders: list[str]) -> bool
     """Return True if a folder has folders of images, and tables of their metadata at most."""
     if not folders:
         return False
-    # img2dataset writes a table of metadata beside each folder
+    # img2dataset writes a table of metadata beside each folder.
     tables = [name for name in names if split_suffix(name)[1] == "parquet"]
     if tables and set(read_columns(storage.join(folder, tables[0]))) & {*IMAGE_COLUMNS, "conversations", "messages"}:
         return False
@@ -233,13 +233,13 @@ def _find_llama_factory(url: str, name: str) -> Layout:
     if not name and len(entries) == len(local) == 1:
         name = local[0]
     if name not in entries:
-        shown = ", ".join(local[:20]) or "none with a file_name"
+        names = ", ".join(local[:20]) or "none with a file_name"
         got = f"no entry {name}" if name else f"{len(entries)} entries"
-        raise ValueError(f"{url}: got {got}, allowed: one of {shown}, such as {url}:{local[0] if local else 'NAME'}")
+        raise ValueError(f"{url}: got {got}, allowed: one of {names}, such as {url}:{local[0] if local else 'NAME'}")
     entry, where = entries[name], f"{url}: {name}"
     if not isinstance(entry, dict):
         raise ValueError(f"{where}: got {entry!r}, allowed: an object")
-    # data that is not on this machine, preferences, and settings that change the data are refused
+    # Data that is not on this machine, preferences, and settings that change the data are refused.
     if hub := next((key for key in HUB_KEYS if key in entry), None):
         raise ValueError(
             f"{where}.{hub}: got {entry[hub]}, allowed: file_name; download the data, and give the path of its files"
@@ -253,8 +253,8 @@ def _find_llama_factory(url: str, name: str) -> Layout:
         raise ValueError(f"{where}.{min(unread)}: got {entry[min(unread)]!r}, allowed: {sorted(LLAMA_FACTORY_KEYS)}")
     columns = _map_llama_factory(where, entry)
     folder = storage.find_parent(url)
-    found = find_layout(storage.join(folder, str(entry.get("file_name"))))
-    return Layout(found.kind, found.files, folder, columns)
+    file_layout = find_layout(storage.join(folder, str(entry.get("file_name"))))
+    return Layout(file_layout.kind, file_layout.files, folder, columns)
 
 
 def _map_llama_factory(where: str, entry: dict[str, Any]) -> Columns:
@@ -264,10 +264,10 @@ def _map_llama_factory(where: str, entry: dict[str, Any]) -> Columns:
         raise ValueError(f"{where}.formatting: got {formatting}, allowed: alpaca, sharegpt")
     known = ALPACA_COLUMNS if formatting == "alpaca" else SHAREGPT_COLUMNS
     named = {key: value for key, value in (entry.get("columns") or {}).items() if value}
-    # videos and sounds stay columns of the row, and reject their records
+    # Videos and sounds stay columns of the row, and reject their records.
     if unread := named.keys() - known.keys() - {"videos", "audios"}:
         raise ValueError(f"{where}.columns.{min(unread)}: got {named[min(unread)]!r}, allowed: {', '.join(known)}")
-    # its defaults, unless the entry names other columns
+    # Take LLaMA-Factory's defaults, unless the entry names other columns.
     columns: dict[ColumnName, str] = {}
     for key, (column, default) in known.items():
         if name := named.get(key, default):
@@ -315,8 +315,8 @@ def _find_energon(folder: str) -> Layout:
     names, excluded = _apply_exclusions(_expand_braces(path, parts["train"]), _expand_braces(path, exclude))
     files = tuple(storage.join(folder, name) for name in names)
     columns = _map_energon(storage.join(folder, ENERGON_DIR, "dataset.yaml"), description)
-    keys = {storage.join(folder, name): frozenset(found) for name, found in excluded.items()}
-    return Layout("tar", files, folder, columns, keys)
+    excluded_keys = {storage.join(folder, name): frozenset(keys) for name, keys in excluded.items()}
+    return Layout("tar", files, folder, columns, excluded_keys)
 
 
 def _expand_braces(path: str, names: list[str]) -> list[str]:
@@ -329,7 +329,7 @@ def _expand_braces(path: str, names: list[str]) -> list[str]:
 
 def _apply_exclusions(train: list[str], exclude: list[str]) -> tuple[list[str], dict[str, set[str]]]:
     """Remove excluded tars, and collect the excluded keys of the others."""
-    # an item is a tar, or a sample of a tar
+    # An item is a tar, or a sample of a tar.
     keys: dict[str, set[str]] = {}
     for item in exclude:
         tar, slash, key = item.rpartition("/")
@@ -346,7 +346,7 @@ def _map_energon(path: str, description: dict[str, Any]) -> Columns:
     name = re.sub(r"(Sample|Webdataset)$", "", str(sample_type.get("__class__", "")))
     fields = description.get("field_map")
     if not fields:
-        # a sample loader is code, which is not run
+        # A sample loader is code, which is not run.
         return {}
     if not isinstance(fields, dict) or not all(isinstance(value, str) for value in fields.values()):
         raise ValueError(f"{path}: field_map: got {fields!r}, allowed: members by their meaning")

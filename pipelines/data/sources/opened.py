@@ -36,9 +36,9 @@ class RecordSource:
 
     def __init__(self, settings: SetSource) -> None:
         self.source = settings.source
-        # the files are listed once; each iteration opens them again
+        # The files are listed once; each iteration opens them again.
         self.layout = find_layout(settings.source)
-        # those that the user names come before those of a description
+        # Those that the user names come before those of a description.
         self.columns = {**self.layout.columns, **settings.columns}
         self.prompt = settings.prompt
         self.images = settings.images or self.layout.images
@@ -66,7 +66,7 @@ class RecordSource:
                 continue
             name = url.rpartition("/")[2]
             for position, row in self._read_rows(url):
-                # only JSON has no values that a record cannot store
+                # Only JSON has no values that a record cannot store.
                 yield convert_row(row, self.columns, self.prompt, f"{name}: {position}", self.layout.kind == "json")
 
     def _check_beginning(self, url: str) -> None:
@@ -76,10 +76,10 @@ class RecordSource:
         if beginning == LFS_POINTER.encode():
             raise ValueError(f"{url}: {LFS_ADVICE}")
         kind = self.layout.kind
-        for magic, (found, advice) in FILE_MAGIC.items():
-            # the reader of tars has its own message for compressed ones
-            if beginning.startswith(magic) and found != kind and kind != "tar":
-                raise ValueError(f"{url}: got {found}, which is read as {kind}, allowed: {advice}")
+        for magic, (actual_kind, advice) in FILE_MAGIC.items():
+            # The reader of tars has its own message for compressed ones.
+            if beginning.startswith(magic) and actual_kind != kind and kind != "tar":
+                raise ValueError(f"{url}: got {actual_kind}, which is read as {kind}, allowed: {advice}")
 
     def _read_rows(self, url: str) -> Iterator[tuple[str, Any]]:
         if self.layout.kind == "parquet":

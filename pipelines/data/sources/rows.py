@@ -25,7 +25,14 @@ from dataclasses import dataclass, field, replace
 from typing import Any
 
 from pipelines.data.options import ColumnName
-from pipelines.data.records import MISSING, RecordRejection, find_media_field, holds_image, shorten
+from pipelines.data.records import (
+    MISSING,
+    RecordRejection,
+    UnparsedRecord,
+    find_media_field,
+    holds_image,
+    shorten,
+)
 from redux.conversation import IMAGE_TOKEN
 
 TURN_COLUMNS = ("conversations", "messages", "conversation", "texts", "dialogue")
@@ -125,12 +132,14 @@ def convert_row(
     """Convert a row to a record.
 
     Args:
-        row: the row. Images may be bytes.
+        row: the row, or an UnparsedRecord. Images may be bytes.
         columns: names of columns that differ from the usual ones.
         prompt: question of a row that has a caption and no question.
         origin: file and position of the row.
         may_be_record: the row is kept as it is if it has LLaVA's form. False for rows with values that are not JSON.
     """
+    if isinstance(row, UnparsedRecord):
+        return SourceRecord(row.text, origin=origin, rejection=row.rejection)
     if not isinstance(row, dict) or (may_be_record and not columns and _is_llava(row)):
         return SourceRecord(row, origin=origin)
     try:
@@ -141,10 +150,10 @@ def convert_row(
 
 def _is_llava(row: dict) -> bool:
     """Return True if a row is meant to be a record in LLaVA's form, so that it is checked as it is."""
-    # cheap checks first: a file of LLaVA's form has millions of such records
+    # Cheap checks first: a file of LLaVA's form has millions of such records.
     turns = row.get("conversations")
     if not isinstance(turns, list):
-        # without turns of any form, the row is rejected as a record
+        # Without turns of any form, the row is rejected as a record.
         return not row.keys() & KNOWN_COLUMNS and not isinstance(turns, str)
     image = row.get("image")
     if "images" in row or not isinstance(image, str | int | float | None):
@@ -174,15 +183,15 @@ class _Conversion:
         """Convert the row; RowError if that is not possible."""
         if extra_cells := self.row.get(None):  # type: ignore[call-overload]  # only a table of text has it
             detail = "more cells than columns: put a text with a separator into quotation marks"
-            raise RowError(RecordRejection("malformed", "", shorten(extra_cells), detail))
+            raise RowError(RecordRejection("wrong fields", "", shorten(extra_cells), detail))
         turns = self._read_turns()
-        # a column of system messages, unless the turns have one
+        # A column of system messages, unless the turns have one.
         system = self._get("system")
         if isinstance(system, str) and system.strip() and turns[0].role != "system":
             turns.insert(0, _Turn("system", system, self.columns["system"], self.columns["system"]))
-        # images in parts of turns come before those of a column
+        # Images in parts of turns come before those of a column.
         self._read_image_column()
-        # what is left in the row may be a video or a sound, without which the text has no sense
+        # What is left in the row may be a video or a sound, without which the text has no sense.
         others = {name: value for name, value in self.row.items() if name not in self.used}
         is_named = "image" in self.columns
         rejection = find_media_field(others, "", bool(self.images), is_named) or self._find_other_image(others)
@@ -192,10 +201,10 @@ class _Conversion:
         if self.needs_image and image_value is None:
             raise RowError(RecordRejection("missing image", self.columns.get("image", "image"), MISSING))
         path, image = _load_image(image_name, image_value)
-        # a record with the fields that training reads
+        # A record with the fields that training reads.
         record: dict[str, Any] = {}
         if (name := self._get("id", *ID_COLUMNS)) is not None:
-            # JSON has no number for NaN
+            # JSON has no number for NaN.
             is_plain = isinstance(name, str | int) or (isinstance(name, float) and math.isfinite(name))
             record["id"] = name if is_plain else shorten(name if isinstance(name, dict | list) else str(name))
         if path is not None:
@@ -228,7 +237,7 @@ class _Conversion:
             "question": self._read_rounds,
             "text": self._read_caption,
         }
-        # columns that the user names come alone; otherwise a conversation says more than a caption
+        # Columns that the user names come alone; otherwise a conversation says more than a caption.
         kinds = [kind for kind in readers if kind in self.columns] or list(readers)
         turns: list[_Turn] = []
         for kind in kinds:
@@ -236,13 +245,13 @@ class _Conversion:
             if turns:
                 break
         if not turns:
-            # a caption that is no text is named with its value
+            # A caption that is no text is named with its value.
             is_any = "text" in kinds and "text" not in self.columns
             if is_any and (name := next((name for name in TEXT_COLUMNS if name in self.row), None)):
-                raise RowError(RecordRejection("malformed", name, shorten(self.row[name]), "a caption is text"))
-            wanted = ", ".join(self.columns[kind] for kind in kinds if kind in self.columns)
-            detail = f"no column {wanted}" if wanted else "no column with a conversation, a question or a caption"
-            raise RowError(RecordRejection("malformed", "", f"columns {shorten(list(self.row))}", detail))
+                raise RowError(RecordRejection("wrong fields", name, shorten(self.row[name]), "a caption is text"))
+            named_columns = ", ".join(self.columns[kind] for kind in kinds if kind in self.columns)
+            detail = f"no column {named_columns or 'with a conversation, a question or a caption'}"
+            raise RowError(RecordRejection("wrong fields", "", f"columns {shorten(list(self.row))}", detail))
         return turns
 
     def _read_conversation(self) -> list[_Turn]:
@@ -254,13 +263,13 @@ class _Conversion:
         self.turns_name = name
         turns = _parse_turns(turns)
         if not isinstance(turns, list) or not turns:
-            raise RowError(RecordRejection("malformed", name, shorten(turns)))
+            raise RowError(RecordRejection("wrong fields", name, shorten(turns)))
         result = []
         for number, turn in enumerate(turns):
             field_name = f"{name}[{number}]"
             if not isinstance(turn, dict):
-                raise RowError(RecordRejection("malformed", field_name, shorten(turn)))
-            # both turns of a round in one object, as in the_cauldron
+                raise RowError(RecordRejection("wrong fields", field_name, shorten(turn)))
+            # Both turns of a round in one object, as in the_cauldron.
             if {"user", "assistant"} <= turn.keys():
                 self.has_tags = False
                 result += _make_round(
@@ -273,19 +282,19 @@ class _Conversion:
         return result
 
     def _read_turn(self, name: str, turn: dict[str, Any]) -> _Turn:
-        # ShareGPT's fields or OpenAI's, turn by turn
+        # Read ShareGPT's fields or OpenAI's, turn by turn.
         usual = next((fields for fields in TURN_FIELDS if fields[0] in turn), TURN_FIELDS[0])
         role_name, text_name = self.columns.get("role", usual[0]), self.columns.get("content", usual[1])
         role, content = turn.get(role_name), turn.get(text_name)
         if not isinstance(role, str):
-            raise RowError(RecordRejection("malformed", f"{name}.{role_name}", _show(turn, role_name)))
+            raise RowError(RecordRejection("wrong fields", f"{name}.{role_name}", _show(turn, role_name)))
         others = {key: value for key, value in turn.items() if key not in (role_name, text_name)}
         if rejection := find_media_field(others, f"{name}.", False):
             raise RowError(rejection)
         if isinstance(content, list):
             content = "".join(self._read_parts(f"{name}.{text_name}", content))
         if not isinstance(content, str):
-            raise RowError(RecordRejection("malformed", f"{name}.{text_name}", _show(turn, text_name)))
+            raise RowError(RecordRejection("wrong fields", f"{name}.{text_name}", _show(turn, text_name)))
         return _Turn(self._translate_role(role), content, f"{name}.{role_name}", f"{name}.{text_name}")
 
     def _translate_role(self, role: str) -> str:
@@ -308,17 +317,17 @@ class _Conversion:
             if kind in TEXT_PARTS and isinstance(part.get("text"), str):
                 yield part["text"]
             elif kind in IMAGE_PARTS:
-                # tables give all parts the same fields, and null to those that a part lacks
+                # Tables give all parts the same fields, and null to those that a part lacks.
                 values = {key: value for key, value in part.items() if key in PART_FIELDS and value is not None}
                 others = {key: value for key, value in part.items() if key not in PART_FIELDS}
                 if rejection := find_media_field(others, f"{field_name}.", False):
                     raise RowError(rejection)
-                # a part without an address stands for the image of the column
+                # A part without an address stands for the image of the column.
                 self.images += [(field_name, values)] if values else []
                 yield IMAGE_TOKEN
             else:
                 detail = "a part has the type text, image or image_url, and its content"
-                raise RowError(RecordRejection("malformed", field_name, shorten(part), detail))
+                raise RowError(RecordRejection("wrong fields", field_name, shorten(part), detail))
 
     def _read_rounds(self) -> list[_Turn]:
         names: tuple[str, str | None, str] | None
@@ -332,19 +341,19 @@ class _Conversion:
         self.used |= {question_name, answer_name, *([input_name] if input_name else [])}
         self.has_tags = False
         question, answer = self.row.get(question_name), self.row.get(answer_name)
-        # a table may have a column without a name, such as the numbers of pandas' rows
+        # A table may have a column without a name, such as the numbers of pandas' rows.
         extra_input = self.row.get(input_name) if input_name else None
         if isinstance(extra_input, str) and extra_input and isinstance(question, str):
             question = f"{question}\n{extra_input}"
         if isinstance(answer, list) and answer and all(isinstance(text, str) for text in answer):
             answer = Counter(answer).most_common(1)[0][0]  # of equally frequent answers, the first one
-        # earlier rounds of LLaMA-Factory's alpaca form; their answers are learned as well
+        # Earlier rounds of LLaMA-Factory's alpaca form; their answers are learned as well.
         result = []
         history = self._get("history")
         for number, pair in enumerate(history if isinstance(history, list) else ()):
             name = f"{self.columns['history']}[{number}]"
             if not isinstance(pair, list | tuple) or len(pair) != 2:
-                raise RowError(RecordRejection("malformed", name, shorten(pair)))
+                raise RowError(RecordRejection("wrong fields", name, shorten(pair)))
             result += _make_round((f"{name}[0]", pair[0]), (f"{name}[1]", pair[1]))
         return result + _make_round((question_name, question), (answer_name, answer))
 
@@ -352,7 +361,7 @@ class _Conversion:
         if "text" in self.columns:
             candidates = [self.columns["text"]]
         else:
-            # img2dataset writes the same caption into the text file and the metadata
+            # img2dataset writes the same caption into the text file and the metadata.
             candidates = [name for name in TEXT_COLUMNS if isinstance(self.row.get(name), str)]
             self.used |= set(candidates)
             if len({self.row[name].strip() for name in candidates}) > 1:
@@ -410,7 +419,7 @@ def _parse_turns(turns: Any) -> Any:
             return json.loads(turns)
         except (ValueError, RecursionError):
             return turns
-    # `datasets` stores a sequence of objects so
+    # `datasets` stores a sequence of objects this way.
     columns = list(turns.values()) if isinstance(turns, dict) else []
     if columns and all(isinstance(column, list) and len(column) == len(columns[0]) for column in columns):
         return [dict(zip(turns, values, strict=True)) for values in zip(*columns, strict=True)]
@@ -421,7 +430,7 @@ def _make_round(question: tuple[str, Any], answer: tuple[str, Any]) -> list[_Tur
     """Make two turns of (name, text) of a question and of an answer."""
     for name, text in (question, answer):
         if not isinstance(text, str):
-            raise RowError(RecordRejection("malformed", name, MISSING if text is None else shorten(text)))
+            raise RowError(RecordRejection("wrong fields", name, MISSING if text is None else shorten(text)))
     return [
         _Turn(role, text, name, name) for role, (name, text) in zip(("human", "gpt"), (question, answer), strict=True)
     ]
@@ -430,8 +439,8 @@ def _make_round(question: tuple[str, Any], answer: tuple[str, Any]) -> list[_Tur
 def _put_tag_first(turns: list[dict[str, str]]) -> None:
     """Put `<image>` before the first question, unless a turn has it."""
     if not any(IMAGE_TOKEN in turn["value"] for turn in turns):
-        first = next(turn for turn in turns if turn["from"] == "human")
-        first["value"] = f"{IMAGE_TOKEN}\n{first['value']}" if first["value"] else IMAGE_TOKEN
+        question = next(turn for turn in turns if turn["from"] == "human")
+        question["value"] = f"{IMAGE_TOKEN}\n{question['value']}" if question["value"] else IMAGE_TOKEN
 
 
 def _show(turn: dict[str, Any], name: str) -> str:
@@ -453,7 +462,7 @@ def _load_image(name: str, value: Any) -> tuple[str | None, bytes | None]:
         return None, None
     if isinstance(value, bytes):
         return EMBEDDED_IMAGE, value
-    # an image of `datasets` is a struct of bytes and path, of which one may be null
+    # An image of `datasets` is a struct of bytes and path, of which one may be null.
     if isinstance(value, dict):
         path = value.get("path")
         if isinstance(value.get("bytes"), bytes):
@@ -467,7 +476,7 @@ def _load_image(name: str, value: Any) -> tuple[str | None, bytes | None]:
             return _load_image(name, inner[0])
     if not isinstance(value, str):
         raise RowError(RecordRejection("unsupported image", name, shorten(value)))
-    # a text: a data URL holds the image, all others name it
+    # A text: a data URL holds the image, all others name it.
     if match := _DATA_URL.match(value):
         if not match[1]:
             raise RowError(RecordRejection("unsupported image", name, shorten(value), "a data URL without base64"))

@@ -24,7 +24,7 @@ MAX_CELL_CHARACTERS = 2**31 - 1
 def read_parquet(url: str) -> Iterator[tuple[str, dict[str, Any]]]:
     """Yield position and values of each row of a parquet file."""
     try:
-        # a local file is mapped, so memory does not grow with it
+        # A local file is mapped, so memory does not grow with it.
         with parquet.ParquetFile(pa.BufferReader(_map(url))) as file:
             _check_names(url, file.schema_arrow.names)
             yield from _list_rows(url, file.iter_batches(batch_size=BATCH_ROWS))
@@ -34,7 +34,7 @@ def read_parquet(url: str) -> Iterator[tuple[str, dict[str, Any]]]:
 
 def read_arrow(url: str) -> Iterator[tuple[str, dict[str, Any]]]:
     """Yield position and values of each row of an Arrow file, in the stream format or the file format."""
-    # save_to_disk writes the stream format, other programs the file format
+    # `save_to_disk` writes the stream format, other programs the file format.
     data = _map(url)
     try:
         if data.slice(0, 6).to_pybytes() == b"ARROW1":
@@ -44,7 +44,7 @@ def read_arrow(url: str) -> Iterator[tuple[str, dict[str, Any]]]:
             file = ipc.open_stream(data)
             batches = iter(file)
         _check_names(url, file.schema.names)
-        parts = (batch.slice(first, BATCH_ROWS) for batch in batches for first in range(0, len(batch), BATCH_ROWS))
+        parts = (batch.slice(start, BATCH_ROWS) for batch in batches for start in range(0, len(batch), BATCH_ROWS))
         yield from _list_rows(url, parts)
     except (pa.ArrowException, OSError) as error:
         raise ValueError(f"{url}: no Arrow file, or damaged: {error}, allowed: a whole Arrow file") from None
@@ -56,12 +56,12 @@ def read_csv(url: str) -> Iterator[tuple[str, dict[str, Any]]]:
     The key None has the cells of a row that come after its last column.
     """
     chunks = io.BufferedReader(_ChunkReader(storage.read_chunks(url)))
-    # invalid bytes become lone surrogates, so that only their record is rejected
+    # Invalid bytes become lone surrogates, so that only their record is rejected.
     text = io.TextIOWrapper(chunks, "utf-8-sig", "surrogateescape", newline="")
-    # captions may contain line breaks, so the reader splits the lines
+    # Captions may contain line breaks, so the reader splits the lines.
     delimiter = "\t" if url.lower().endswith(".tsv") else ","
     csv.field_size_limit(MAX_CELL_CHARACTERS)
-    # strict: an open quotation mark would make one text of the lines after it
+    # The reader is strict: an open quotation mark would make one text of the lines after it.
     reader = csv.DictReader(text, delimiter=delimiter, strict=True)
     try:
         names = list(reader.fieldnames or ())
@@ -80,7 +80,7 @@ def _check_header(url: str, names: list[str], delimiter: str) -> None:
     _check_names(url, names)
     if not all(map(is_unicode, names)):
         raise ValueError(f"{url}: got the columns {shorten(names)}, allowed: a table in UTF-8")
-    # one column alone has no room for an image and a text
+    # One column alone has no room for an image and a text.
     other = next((mark for mark in CSV_DELIMITERS if len(names) == 1 and mark in names[0]), None)
     if other:
         raise ValueError(
@@ -127,7 +127,7 @@ def _map(url: str) -> pa.Buffer:
 
 
 def _list_rows(url: str, batches: Iterator[pa.RecordBatch]) -> Iterator[tuple[str, dict[str, Any]]]:
-    # rows are numbered over all batches, as `datasets` counts them
+    # Rows are numbered over all batches, as `datasets` counts them.
     number = 0
     for batch in batches:
         try:
@@ -145,7 +145,7 @@ def _list_values(url: str, name: str, column: pa.Array) -> list[Any]:
     try:
         return list(column.to_pylist())
     except (OverflowError, ValueError, pa.ArrowException) as error:
-        # years after 9999, and time zones that this machine does not know
+        # Years after 9999, and time zones that this machine does not know.
         if pa.types.is_temporal(column.type):
             return list(column.view(pa.int32() if column.type.bit_width == 32 else pa.int64()).to_pylist())
         raise ValueError(

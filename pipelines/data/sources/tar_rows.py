@@ -23,6 +23,7 @@ from pipelines.data.records import (
     LFS_POINTER,
     MISSING,
     RecordRejection,
+    UnparsedRecord,
     find_several_images,
     shorten,
 )
@@ -55,15 +56,15 @@ def read_tar_records(
             yield _explain_link(convert_row(row, columns, prompt, origin, may_be_record=False), sample.key, tar)
 
 
-def _explain_link(given: SourceRecord, key: str, tar: tars.Tar) -> SourceRecord:
+def _explain_link(record: SourceRecord, key: str, tar: tars.Tar) -> SourceRecord:
     """Name the link that stands in the tar in place of a missing image."""
-    if given.rejection is None or given.rejection.reason != "missing image" or key not in tar.links:
-        return given
+    if record.rejection is None or record.rejection.reason != "missing image" or key not in tar.links:
+        return record
     name, kind = tar.links[key]
     detail = (
         f"{tars.escape_unprintable(name)} is a {kind}, which WebDataset skips; tar --hard-dereference -h packs files"
     )
-    return replace(given, rejection=given.rejection._replace(detail=detail))
+    return replace(record, rejection=record.rejection._replace(detail=detail))
 
 
 def _make_row(sample: TarSample, data: BytesLike, columns: Columns) -> tuple[dict[str, Any], RecordRejection | None]:
@@ -82,7 +83,7 @@ def _make_row(sample: TarSample, data: BytesLike, columns: Columns) -> tuple[dic
         row[suffix] = text
     if not columns and not captions and (unread := _find_unread_json(sample, data)):
         return row, unread
-    # members that the column map or Energon's field map names
+    # Members that the column map or Energon's field map names.
     for column, accessor in columns.items():
         suffix, keys = split_accessor(accessor)
         if member := members.get(suffix.lower()):
@@ -96,12 +97,12 @@ def _read_json(sample: TarSample, data: BytesLike) -> tuple[dict[str, Any], str 
     """Read the JSON members of a sample as one row. Returns the row, and a reason to reject or None."""
     dotted = [member for member in sample.members if tars.find_last_suffix(member) == "json"]
     values = [(member, tars.parse_member(data, member)) for member in dotted]
-    # the list of turns alone, or an object with the turns
+    # The list of turns alone, or an object with the turns.
     turns = [{"messages": value} for _, value in values if _is_turns(value)]
     rows = turns + [value for _, value in values if isinstance(value, dict) and value.keys() & set(TURN_COLUMNS)]
     if len(rows) > 1:
         return {}, "several records"
-    # without turns, a caption may be in the metadata
+    # Without turns, a caption may be in the metadata.
     metadata = [value for member, value in values if member.suffix == "json" and isinstance(value, dict)]
     return dict(next(iter(rows or metadata), {})), None
 
@@ -109,12 +110,11 @@ def _read_json(sample: TarSample, data: BytesLike) -> tuple[dict[str, Any], str 
 def _find_unread_json(sample: TarSample, data: BytesLike) -> RecordRejection | None:
     """Find a member `json` that is not JSON, since the caption or the turns may be in it."""
     member = next((member for member in sample.members if member.suffix == "json"), None)
-    if member is None or tars.parse_member(data, member) is not None:
+    value = None if member is None else tars.parse_member(data, member)
+    if not isinstance(value, UnparsedRecord):
         return None
-    text = _read_text(member, data)
-    return RecordRejection(
-        "malformed", "json", shorten(text), LFS_ADVICE if text.startswith(LFS_POINTER) else "no JSON object"
-    )
+    detail = LFS_ADVICE if value.text.startswith(LFS_POINTER) else value.problem
+    return value.rejection._replace(field="json", detail=detail)
 
 
 def _is_turns(value: Any) -> bool:
@@ -127,17 +127,17 @@ def _add_image(
     """Put the bytes of the image into the row."""
     listed = row.pop("name", None) if "media" in row else None
     media = row.pop("media", None)
-    # LLaVA-OneVision's JSON names its members, also those that are not images
+    # LLaVA-OneVision's JSON names its members, also those that are not images.
     if isinstance(listed, list) and listed and media == "video":
         return {**row, "video": listed}, None
     if isinstance(listed, list) and listed:
         by_suffix = {member.suffix: member for member in sample.members}
-        found = [by_suffix.get(str(name).lower()) for name in listed]
-        if None in found:
+        members = [by_suffix.get(str(name).lower()) for name in listed]
+        if None in members:
             return row, RecordRejection("missing image", "name", shorten(listed))
-        row["image"] = [_read_bytes(member, data) for member in found if member]
+        row["image"] = [_read_bytes(member, data) for member in members if member]
         return row, None
-    # the same rule as for tars with records of LLaVA
+    # The same rule as for tars with records of LLaVA.
     member, problem = tars.find_image(sample, row, data)
     if problem:
         images = [m.suffix for m in sample.members if tars.find_last_suffix(m) in tars.IMAGE_SUFFIXES]
@@ -145,7 +145,7 @@ def _add_image(
     if rejection := find_several_images(row):
         return row, rejection
     named = row.get("image") or row.get("images")
-    # the member counts, whatever path the record names
+    # The member counts, whatever path the record names.
     for name in ("image", "images"):
         row.pop(name, None)
     if member:
@@ -161,8 +161,10 @@ def _read_value(member: TarMember, keys: tuple[str | int, ...], data: BytesLike,
         return _read_bytes(member, data)
     if tars.find_last_suffix(member) != "json":
         return _read_text(member, data)
-    # a sample without the value is rejected later, as one without the column
+    # A sample without the value is rejected later, as one without the column.
     value = tars.parse_member(data, member)
+    if isinstance(value, UnparsedRecord):
+        return None
     for key in keys:
         try:
             value = value[key]

@@ -93,7 +93,7 @@ def test_packing_in_the_smallest_size(tmp_path: Path, monkeypatch: pytest.Monkey
 def test_packers_train_the_same_model(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(packing, "GLOBAL_BATCH", 2 * packing.RANKS)
     monkeypatch.setattr(packing, "PEER_LAYOUTS", (packing.PeerLayout(2, 8192, 1),))
-    # another packer: a row for each sample
+    # Another packer: a row for each sample.
     monkeypatch.setattr(
         packing, "load_packers", lambda: {"single": lambda lengths, _: ([length] for length in lengths)}
     )
@@ -106,7 +106,7 @@ def test_packers_train_the_same_model(tmp_path: Path, monkeypatch: pytest.Monkey
 def test_padding_and_waiting_are_shares() -> None:
     even, uneven = [[[4, 4], [8]]] * packing.RANKS, [[[4], [8]], *[[[4, 4]]] * (packing.RANKS - 1)]
     assert packing.measure_micro_batches(even) == {"padding": 0, "waiting": 0}
-    # one rank pads 4 of 16 tokens, and seven ranks with 8 tokens wait for it
+    # One rank pads 4 of 16 tokens, and seven ranks with 8 tokens wait for it.
     assert packing.measure_micro_batches(uneven) == {"padding": round(4 / 72, 5), "waiting": round(1 - 72 / 128, 5)}
 
 

@@ -124,7 +124,7 @@ def test_kuberay_accepts_all_fields(
     documents = parse(render(*arguments))
     assert list(documents) == ["ConfigMap", "NetworkPolicy", "RayJob"]
     definition.validate(documents["RayJob"])
-    # the same types of Kubernetes' network policies as KubeRay has in a cluster's
+    # The same types of Kubernetes' network policies as KubeRay has in a cluster's.
     spec = definition.schema["properties"]["spec"]["properties"]
     rules = spec["rayClusterSpec"]["properties"]["networkPolicy"]["properties"]["head"]["properties"]
     policy = documents["NetworkPolicy"]["spec"]
@@ -221,7 +221,7 @@ def test_an_option_changes_its_fields_alone(render: Render, change: list[str], p
 
 @pytest.mark.parametrize(("fewest", "most", "per_pod"), [(2, 2, 1), (2, 8, 2), (8, 16, 8), (12, 12, 4)])
 def test_pods_hold_all_workers_and_no_more(render: Render, fewest: int, most: int, per_pod: int) -> None:
-    # numbers that shares the quickstart's batches, or a range, of which they need not
+    # Numbers of workers that divide the batches of the quickstart, or a range, whose numbers need not divide them.
     workers = f"[{fewest}, {most}]" if fewest < most else fewest
     job = (
         "train.tower.global_batch_size=384",

@@ -510,7 +510,7 @@ def wait_for_log(head: Head, id: str, pattern: str, accepts: Callable[[str], boo
         text = ""
         headers = {"Authorization": f"Bearer {token}"}
         async with aiohttp.ClientSession(headers=headers) as session:
-            # never closed: closing would wait for the end of the log
+            # The log is never closed: closing would wait for its end.
             log = await session.ws_connect(f"{head.address}/api/jobs/{id}/logs/tail")
             async for message in log:
                 text += message.data

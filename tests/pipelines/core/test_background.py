@@ -46,7 +46,7 @@ def test_number_of_waiting_items_is_limited(count: int) -> None:
     source = CountedItems(50, count)
     items = read_ahead(source, count)
     assert source.reached.wait(60)
-    # the thread could go on here; it does not before an item is taken
+    # The thread could go on here; it does not before an item is taken.
     assert source.made == count
     assert next(items) == 0
 

@@ -229,12 +229,12 @@ def test_a_fault_that_passes_is_waited_out(
     with caplog.at_level(logging.WARNING):
         for method, act, expected in acts:
             if method in hit:
-                # aiohttp asks once more itself where a connection that it kept is closed
+                # aiohttp asks once more itself where a connection that it kept is closed.
                 proxy.faults.extend([fault] * (3 if fault == "drop" else 1))
             assert act() == expected
     assert not proxy.faults
     counts = storage.count_retries()
-    # aiobotocore takes a list that is cut short for a lost connection
+    # aiobotocore takes a list that is cut short for a lost connection.
     assert counts.keys() - ({"connection"} if fault == "cut" else set()) == {KINDS[fault]}
     assert sum(counts.values()) >= sum(method in hit for method, _, _ in acts)
     warned = [record.getMessage() for record in caplog.records]
@@ -280,7 +280,7 @@ def test_faults_over_the_limit_end_in_one_clear_error(
     assert isinstance(caught.value, PermanentError) == (fault == "ExpiredToken"), "these do not come back by themselves"
     assert "\n" not in str(caught.value)
     assert "of-ours" not in str(caught.value)
-    # a body that is short may be all there is, so the size is asked for
+    # A body that is short may be all there is, so the size is asked for.
     assert len(proxy.asked) == (6 if fault == "short" else 3), "a try is one request: no library tries again below"
     assert sum(storage.count_retries().values()) == 2
 
@@ -306,7 +306,7 @@ def test_what_does_not_pass_is_not_tried_again(proxy: Any, bucket: str) -> None:
         ("AccessDenied", lambda: storage.read_ranges([(url, 0, 1)]), f"{url}: access denied", 1),
         ("AccessDenied", lambda: storage.write(url, b"y"), f"{url}: access denied", 1),
         ("AccessDenied", lambda: storage.list_files(bucket), f"{bucket}: access denied", 1),
-        # the answer to HEAD does not say why: that to a second question does
+        # The answer to HEAD does not say why: that to a second question does.
         ("AccessDenied", lambda: storage.exists(url), f"{url}: access denied, .*AccessDenied", 2),
         ("", lambda: storage.read(f"{url}y"), f"{url}y: not found, .*NoSuchKey", 1),
         ("", lambda: storage.read("s3://no-such-bucket/x"), "no-such-bucket/x: not found, .*NoSuchBucket", 1),
@@ -343,7 +343,7 @@ def test_credentials_that_expired_are_read_again(
     url = join(bucket, "x")
     storage.write(url, b"0123456789")
     proxy.expired[proxy.key] = answer
-    # while the first wait lasts, some other program renews them
+    # While the first wait lasts, some other program renews them.
     renewed = f"KEY{uuid4().hex}"
     monkeypatch.setattr("tenacity.nap.time.sleep", lambda _: monkeypatch.setenv("AWS_ACCESS_KEY_ID", renewed))
     work: dict[str, Callable[[], object]] = {

@@ -217,7 +217,7 @@ def write_datasets_messages(folder: Path, samples: list[CaptionSample], records:
         }
         for record in records
     ]
-    # all parts have the same fields, and null where they have none
+    # All parts have the same fields, and null where they have none.
     for row in rows:
         for message in row["messages"]:
             message["content"] = [{"index": None, "text": None, **part} for part in message["content"]]

@@ -68,7 +68,7 @@ def test_an_index_that_differs_from_a_sample_is_found(copy: Shards, column: str)
     path.unlink()
     write_index(str(path.parent), pa.Table.from_pylist(rows, INDEX_SCHEMA))
     (found,) = verify_set(copy.folder)
-    assert f"sample {copy.get_key(7)}: its row of the index differs from the tar" in found
+    assert f"sample {rows[7]['key']}: its row of the index differs from the tar" in found
 
 
 @pytest.mark.usefixtures("local_ray_data")
@@ -99,15 +99,16 @@ def test_unusable_samples_are_listed_and_counted_or_the_set_is_refused(tmp_path:
     entries = [(f"{n}.{kind}", part) for n, body in enumerate(bodies) for kind, part in _members(body)]
     (tmp_path / "a.tar").write_bytes(pack(entries))
     (tmp_path / "b.tar").write_bytes(pack([]))
-    with pytest.raises(ValueError, match=r"5 of 6 samples cannot be used \(5 malformed; first 1 of a\.tar: .*10.00%"):
+    counts = r"5 of 6 samples cannot be used \(1 not JSON, 4 wrong fields; first 1 of a\.tar: .*10.00%"
+    with pytest.raises(ValueError, match=counts):
         index_tars(str(tmp_path), max_bad_fraction=0.1)
     assert not (tmp_path / INDEX_FILE).exists()
     found = index_tars(str(tmp_path), max_bad_fraction=0.9)
-    assert (found.samples, dict(found.rejections.counts)) == (1, {"malformed": 5})
+    assert (found.samples, dict(found.rejections.counts)) == (1, {"not JSON": 1, "wrong fields": 4})
     assert (found.members, found.used, found.ignored, found.rejected) == (18, {"json": 1, "jpg": 1}, {"txt": 1}, 15)
     listed = [json.loads(line) for line in (tmp_path / QUARANTINE_FILE).read_text().splitlines()]
     assert [(entry["shard"], entry["key"], entry["reason"]) for entry in listed] == [
-        ("a.tar", str(n), "malformed") for n in range(1, 6)
+        ("a.tar", str(n), "not JSON" if n == 1 else "wrong fields") for n in range(1, 6)
     ]
     assert verify_set(str(tmp_path)) == []
 

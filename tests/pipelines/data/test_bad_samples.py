@@ -196,7 +196,7 @@ def test_the_reason_names_tar_and_sample(damaged_set: Shards, tokenizer: Path, n
         (["<image>what?", ""], "empty turn"),
         (["<image>what?"], "turn order"),
         ([], "turn order"),
-        (None, "malformed"),
+        (None, "wrong fields"),
     ],
 )
 def test_records_that_others_made_are_looked_at_when_they_are_read(

@@ -41,7 +41,7 @@ def test_a_data_node_that_dies_costs_no_sample_and_changes_no_order(
     assert code == 0, (short_folder / "output.txt").read_text()[-4000:]
     found = json.loads((short_folder / "stream.json").read_text())
     assert found["killed"] in found["nodes"], "it had read samples"
-    # all micro-batches of all ranks, in their order, as one reader computes them
+    # All micro-batches of all ranks, in their order, as one reader computes them.
     numbers = order.count_batches(EPOCHS) * 4
     for rank, batches in enumerate(found["ranks"]):
         expected = [reader(number) for number in range(rank, numbers, WORKERS)]

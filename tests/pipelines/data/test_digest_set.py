@@ -13,7 +13,7 @@ def test_digests_are_added_once(slots: int, monkeypatch: pytest.MonkeyPatch) -> 
     monkeypatch.setattr(digest_set, "FIRST_SLOTS", slots)
     draw = random.Random(0)
     digests = [draw.randbytes(DIGEST_BYTES) for _ in range(3000)]
-    # many that begin alike meet in neighbouring slots
+    # Many that begin alike meet in neighbouring slots.
     digests += [bytes(8) + draw.randbytes(8) for _ in range(100)]
     asked = digests + draw.choices(digests, k=2000)
     draw.shuffle(asked)

@@ -349,7 +349,8 @@ def test_on_ray_the_stream_survives_restarts_at_other_world_sizes_slow_ranks_and
             source, sample = ordered(order, range(run.start, run.stop))[
                 (run.stop - run.start) * order.global_batch_size // 2
             ]
-            faulty = replace(disturbed, encode=kill_once(disturbed.encode, marker, sets[source].get_key(sample)))
+            (row,) = sets[source].read_rows([sample])
+            faulty = replace(disturbed, encode=kill_once(disturbed.encode, marker, row["key"]))
         items += stream(reader, run_ranks(faulty, run, steps, sleep_like_training if slow else lambda _: None))
         assert marker.exists() == (faulty is not disturbed)
     assert items == read_alone(reader, range(steps))
@@ -394,7 +395,8 @@ def test_on_ray_nothing_before_the_start_is_read(long: Shards, tokenizer: Path, 
     run = Run(95, 100, workers=2, size=1)
     items = stream(reader, run_ranks(replace(reader, encode=logged), run, 100))
     assert list_samples(items) == ordered(order, range(95, 100))
-    assert sorted(log.read_text().split()) == sorted(long.get_key(sample) for _, sample in list_samples(items))
+    rows = long.read_rows(sample for _, sample in list_samples(items))
+    assert sorted(log.read_text().split()) == sorted(row["key"] for row in rows)
 
 
 # A store full of faults

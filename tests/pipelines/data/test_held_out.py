@@ -34,10 +34,10 @@ def test_the_selection_has_the_share_and_depends_on_nothing_else() -> None:
         assert rows.min() >= 0
         assert rows.max() < samples
         assert np.array_equal(rows, select_held_out(samples, share, "b"))
-    # spread over the set, as a random sample is
+    # Spread over the set, as a random sample is.
     tenths = np.histogram(select_held_out(665_298, 0.01, "a"), 10, (0, 665_298))[0]
     assert tenths.min() > 0.8 * tenths.mean()
-    # later versions must hold out the same samples, because earlier models were not trained on them
+    # Later versions must hold out the same samples, because earlier models were not trained on them.
     assert select_held_out(1000, 0.005, "a").tolist() == [39, 180, 318, 448, 821]
 
 
@@ -57,7 +57,7 @@ def test_training_uses_each_other_sample_once_an_epoch(new_plan: NewPlan, kind: 
     assert order.samples == (18,)
     for epoch in range(3):
         assert sorted(flat[epoch * 18 : (epoch + 1) * 18]) == rest, epoch
-    # the log of such a run passes the check that does not know the order
+    # The log of such a run passes the check that does not know the order.
     batches = flat[: len(flat) // global_batch_size * global_batch_size].reshape(-1, global_batch_size).tolist()
     log = [
         json.dumps({"stage": "small", "step": step, "samples": {"set": batch}, "replaced": []}).encode() + b"\n"
@@ -66,7 +66,7 @@ def test_training_uses_each_other_sample_once_an_epoch(new_plan: NewPlan, kind: 
     [coverage], errors = verify_coverage(log, "log", "set", 22, held)
     assert errors == []
     assert (coverage.epochs, coverage.partial_samples) == divmod(len(batches) * global_batch_size, 18)
-    # without the knowledge of held-out samples it fails, and it finds one that was used
+    # Without the knowledge of held-out samples it fails, and it finds one that was used.
     assert verify_coverage(log, "log", "set", 22)[1]
     assert f"used held-out samples {batches[0][0]}" in verify_coverage(log, "log", "set", 22, [batches[0][0]])[1][0]
 
@@ -86,7 +86,7 @@ def test_the_held_out_samples_are_read_once_in_their_order(new_plan: NewPlan) ->
     assert len(held) % plan.stage.micro_batch_size == 0
     batches = [validation(number) for number in range(validation.order.count_batches(1))]
     assert [sample for batch in batches for sample in batch["sample"]] == held
-    # whole conversations and no mirrored images, whatever the stage draws
+    # Whole conversations and no mirrored images, whatever the stage draws.
     plain = replace(reader, random_flip=False, max_rounds=None)
     by_sample = {}
     for number in range(4 * 9):

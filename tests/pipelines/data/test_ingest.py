@@ -270,7 +270,7 @@ def test_a_global_batch_has_the_same_samples_at_any_number_of_workers(reader: Re
     for step in range(4):
         turns = [(step * per_rank + turn) * workers + rank for turn in range(per_rank) for rank in range(workers)]
         keys = [key for key, _ in read_images(shared, turns)]
-        assert keys == [only_set(reader).get_key(number) for number in reader.order.get_batch(step)[1]]
+        assert keys == [row["key"] for row in only_set(reader).read_rows(reader.order.get_batch(step)[1])]
 
 
 def batches(data: Any) -> list[dict[str, np.ndarray]]:

@@ -85,7 +85,7 @@ def test_items_are_made_when_they_are_due(operator: Any, monkeypatch: pytest.Mon
 def test_an_idle_actor_ends_for_each_that_starts_again(operator: Any, pool: ActorPool) -> None:
     operator.has_next()
     assert pool.requests == []
-    # one actor was lost with its node, and a pending one would take the CPU that it needs
+    # One actor was lost with its node, and a pending one would take the CPU that it needs.
     pool.idle, pool.restarting, pool.pending = 3, 1, 1
     for _ in range(3):
         operator.has_next()
@@ -93,7 +93,7 @@ def test_an_idle_actor_ends_for_each_that_starts_again(operator: Any, pool: Acto
     pool.restarting = 2
     operator.has_next()
     assert pool.idle == 1
-    # all have started again: the next loss counts from zero
+    # All have started again: the next loss counts from zero.
     pool.idle, pool.restarting = 3, 0
     operator.has_next()
     pool.restarting = 1
@@ -121,7 +121,7 @@ def test_blocks_deal_each_micro_batch_to_its_worker_in_order(workers: int, size:
         dealt = [
             (block["segment"], number)
             for block in blocks[worker::workers]
-            for number in range(block["first"], block["end"], workers)
+            for number in range(block["start"], block["stop"], workers)
         ]
         assert dealt == [
             (segment, number)

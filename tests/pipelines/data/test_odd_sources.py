@@ -112,7 +112,7 @@ def test_images_in_base64_without_an_address(tmp_path: Path) -> None:
     records = read_source(Path(write_lines(tmp_path / "a.jsonl", rows)))
     assert [record.image for record in records] == [SAMPLES[0].image] * 2
     assert list_turns(records) == [["<image>\nWhich?", "one"]] * 2
-    # a path that begins so is a path
+    # A path that begins so is a path.
     [named] = read_source(Path(write_lines(tmp_path / "b.jsonl", [{"image": "/9j/a.jpg", "caption": "one"}])))
     assert (named.record["image"], named.image) == ("/9j/a.jpg", None)
 
@@ -164,7 +164,7 @@ def test_a_compressed_part_of_the_data_is_not_left_out(tmp_path: Path) -> None:
             (folder / f"a.{plain}").touch()
         with pytest.raises(ValueError, match=f"b.{kind}: compressed, .* unpack it first"):
             find_layout(str(folder))
-    # archives of other kinds, and those that are unpacked, may stay
+    # Archives of other kinds, and those that are unpacked, may stay.
     folder = tmp_path / "beside"
     folder.mkdir()
     for name in ("a.jsonl", "a.jsonl.gz", "images.tar.gz", "images.zip"):

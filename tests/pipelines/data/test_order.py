@@ -424,7 +424,7 @@ def of_a_billion() -> None:
             source, sample = order.get_batch(number)
             assert len({*zip(source.tolist(), sample.tolist(), strict=True)}) == 256
             assert (sample < np.array(order.samples)[source]).all()
-    # not getrusage, whose peak a child takes over from the process that starts it
+    # Not getrusage, whose peak a child takes over from the process that starts it.
     [peak] = [line.split()[1] for line in Path("/proc/self/status").read_text().splitlines() if "VmHWM" in line]
     print(json.dumps({"peak": int(peak) / 1024, "rows": rows}))
 

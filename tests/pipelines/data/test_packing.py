@@ -71,7 +71,7 @@ def view_samples(reader: Reader, batch: Batch) -> dict[int, tuple[int, SampleVie
     image_id = reader.get_tokenizer().convert_tokens_to_ids("<image>")
     images = iter(batch["pixel_values"])
     real = batch["attention_mask"] == 1
-    # without packing each row is a sample
+    # Without packing each row is a sample.
     samples = batch.get("sample_index", np.arange(len(real))[:, None] + np.zeros_like(real, np.int64))
     views = {}
     for index, (position, number) in enumerate(zip(batch["position"].tolist(), batch["sample"].tolist(), strict=True)):

@@ -111,7 +111,7 @@ def test_fix_stores_repaired_records_and_lists_them(tmp_path: Path) -> None:
         "           --fix repairs 5 of them: it puts <image> before the first question",
     ]
     assert "           record 8 (8): image: got b.jpg" in lines
-    # copies and the missing image stay out; copies are not counted as bad
+    # Copies and the missing image stay out; copies are not counted as bad.
     options = ShardOptions(samples_per_shard=4, fix=True, max_bad_fraction=0.12)
     summary = make_shards(records, str(tmp_path), str(tmp_path / "fixed"), options)
     assert summary["samples"] == 7
@@ -125,7 +125,7 @@ def test_fix_stores_repaired_records_and_lists_them(tmp_path: Path) -> None:
     samples = {int(sample.key): sample.record for sample in stored.read_samples(range(len(stored)))}
     assert {entry["number"]: entry["record"] for entry in listed}.items() <= samples.items()
     assert samples[0] == records[0]
-    # the same command leaves the set as it is; without --fix it is another set
+    # The same command leaves the set as it is; without --fix it is another set.
     assert make_shards(records, str(tmp_path), str(tmp_path / "fixed"), options) == summary
     with pytest.raises(ValueError, match="contains shards of other records or settings"):
         make_shards(records, str(tmp_path), str(tmp_path / "fixed"), ShardOptions(samples_per_shard=4))

@@ -114,10 +114,10 @@ def test_a_flipped_bit_anywhere_in_a_sample_is_an_error_that_names_tar_and_sampl
         damaged = bytearray(whole)
         damaged[row["offset"] + int(row["length"] * place)] ^= 1
         path.write_bytes(damaged)
-        with pytest.raises(ValueError, match=re.escape(f"{path}: sample {copy.get_key(number)}: ")):
+        with pytest.raises(ValueError, match=re.escape(f"{path}: sample {row['key']}: ")):
             copy.read_samples([number])
         others = [other for other in range(len(copy)) if other != number]
-        assert [sample.key for sample in copy.read_samples(others)] == [copy.get_key(other) for other in others]
+        assert [sample.key for sample in copy.read_samples(others)] == [row["key"] for row in copy.read_rows(others)]
         path.write_bytes(whole)
 
 
@@ -127,7 +127,7 @@ def test_a_tar_that_was_cut_short_is_an_error_that_names_the_tar(copy: Shards):
     path.write_bytes(path.read_bytes()[: row["offset"] + 700])
     with pytest.raises(ValueError, match=re.escape(f"{path}: ") + ".*the file ends at"):
         copy.read_samples([4])
-    assert copy.read_samples([3])[0].key == copy.get_key(3)
+    assert copy.read_samples([3])[0].key == copy.read_rows([3])[0]["key"]
 
 
 @pytest.mark.usefixtures("ray_cluster")
@@ -285,7 +285,7 @@ def test_an_index_from_parts_is_that_of_all_rows(tmp_path: Path, sizes: list[int
     parts = [whole.slice(start, size) for start, size in zip(starts, sizes, strict=False)]
     with index_file.IndexBuilder() as index:
         for number, part in enumerate(parts):
-            # a slice has the whole dictionary; the part of a shard has its own name alone
+            # A slice has the whole dictionary; the part of a shard has its own name alone.
             own = pa.Table.from_pylist(part.to_pylist(), INDEX_SCHEMA)
             index.add(own if number % 2 else part)
         assert index.num_rows == len(whole)
@@ -444,7 +444,7 @@ def test_blocks_that_were_not_used_lately_are_read_again(
 
     monkeypatch.setattr(storage, "read_ranges", counted)
     for number in (0, 300, 1, 600, 2, 301):  # blocks 0, 1, 0, 2, 0, 1
-        assert shards.get_key(number) == str(number)
+        assert shards.read_rows([number])[0]["key"] == str(number)
     assert asked == [1, 1, 1, 1]  # blocks 0, 1, 2, 1
     assert [row["key"] for row in shards.read_rows([1999, 0, 999, 1])] == ["1999", "0", "999", "1"]
 
@@ -461,7 +461,7 @@ def test_an_index_of_an_earlier_version_is_written_in_blocks(tmp_path: Path):
     former = to_ipc_bytes(table(1000))
     (tmp_path / INDEX_FILE).write_bytes(former)
     before = Shards(tmp_path)
-    # another version of Arrow may have written it, so the fingerprint is not computed again
+    # Another version of Arrow may have written it, so the fingerprint is not computed again.
     assert index_file.rewrite_former(str(tmp_path))
     after = Shards(tmp_path)
     assert (tmp_path / INDEX_FILE).read_bytes() == encode_index(table(1000))
@@ -592,7 +592,7 @@ def damaged_records(records: list[dict], pictures: Path) -> tuple[list[Any], dic
         5: ({"video": "gif.mp4"}, "video"),
         6: ({"image": "../images/0.png"}, "outside folder"),
         9: ({"conversations": []}, "turn order"),
-        21: ({"conversations": None}, "malformed"),
+        21: ({"conversations": None}, "wrong fields"),
     }.items():
         result[number] |= changes
         reasons[number] = reason
@@ -603,7 +603,7 @@ def damaged_records(records: list[dict], pictures: Path) -> tuple[list[Any], dic
         ],
     }
     result += [records[3], "no record"]
-    return result, {**reasons, 22: "duplicate", 23: "malformed"}
+    return result, {**reasons, 22: "duplicate", 23: "wrong fields"}
 
 
 @pytest.mark.usefixtures("ray_cluster")

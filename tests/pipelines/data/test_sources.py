@@ -118,7 +118,7 @@ def test_the_expected_batches_have_images_labels_and_a_system_message(
     assert conversations["input_ids"].shape[0] == captions["input_ids"].shape[0] == 10
     assert (conversations["labels"] >= 0).any(axis=1).all()
     assert len(np.unique(captions["pixel_values"], axis=0)) == 10
-    # the system message is not learned
+    # The system message is not learned.
     learned = [(batch["labels"][1] >= 0).sum() for batch in (conversations, captions)]
     assert learned[0] == learned[1]
     assert conversations["attention_mask"][1].sum() > captions["attention_mask"][1].sum()
@@ -134,7 +134,7 @@ def test_conversations_in_every_form_give_the_same_batch(
     summary = make_set(settings, tmp_path / "out")
     assert (summary["samples"], summary["quarantined"]) == (10, {})
     check_equal(read_batch(str(tmp_path / "out"), words), conversations)
-    # a second start reads the source, and leaves the set unchanged
+    # A second start reads the source, and leaves the set unchanged.
     times = {path: path.stat().st_mtime_ns for path in (tmp_path / "out").iterdir()}
     assert make_set(settings, tmp_path / "out") == json.loads((tmp_path / "out" / "summary.json").read_text())
     assert {path: path.stat().st_mtime_ns for path in (tmp_path / "out").iterdir()} == times
@@ -150,7 +150,7 @@ def test_captions_in_every_form_give_the_same_batch(
     summary = make_set({"prompt": PROMPT, **settings}, tmp_path / "out")
     assert (summary["samples"], summary["quarantined"]) == (10, {})
     check_equal(read_batch(str(tmp_path / "out"), words), captions)
-    # nothing is written beside the source or the shards
+    # Nothing is written beside the source or the shards.
     after = {path: path.stat().st_mtime_ns for path in tmp_path.rglob("*") if "out" not in path.parts}
     assert after == before
     assert {path.suffix for path in (tmp_path / "out").iterdir()} == {".tar", ".arrow", ".json", ".jsonl"}
@@ -193,7 +193,7 @@ def test_an_interrupted_run_continues_and_refuses_other_records(photos: Path, tm
     with pytest.raises(QuarantineError, match="1 missing image"):
         make_set(settings, tmp_path)
     assert sorted(file.name for file in (tmp_path / "unfinished").iterdir()) == ["000000.arrow", "000001.arrow"]
-    # the shards that are there are of the same records
+    # The shards that are there are of the same records.
     path.write_text(text.replace("number 1.", "number one."))
     with pytest.raises(ValueError, match="contains shards of other records or settings"):
         make_set(settings, tmp_path)
@@ -236,7 +236,7 @@ def test_a_record_with_several_images_is_listed_and_never_read_as_one(form: str,
     [entry] = [json.loads(line) for line in (tmp_path / "out" / QUARANTINE_FILE).read_text().splitlines()]
     assert (entry["number"], entry["field"]) == (0, field)
     assert entry["reason"] in ("unsupported image", "several images", "several columns")
-    # file, record, value and the way out
+    # File, record, value and the way out.
     reason, example, advice = RejectionSummary([entry]).explain()
     assert "image" in reason
     assert example.strip().startswith(f"record 0 ({entry['origin']})")
@@ -279,17 +279,17 @@ PART = {"type": "text", "text": "Q"}
         (row_of(image="data:text,hello"), "unsupported image", "image", "data:text,hello"),
         (row_of(image="data:image/png;base64,???"), "broken image", "image", "???"),
         (row_of(videos=["a.mp4"]), "video", "videos", '["a.mp4"]'),
-        ({"messages": [{"role": "user", "content": 3}]}, "malformed", "messages[0].content", "3"),
-        ({"messages": [{"role": "user"}]}, "malformed", "messages[0].content", "(missing)"),
+        ({"messages": [{"role": "user", "content": 3}]}, "wrong fields", "messages[0].content", "3"),
+        ({"messages": [{"role": "user"}]}, "wrong fields", "messages[0].content", "(missing)"),
         ({"messages": [{"role": "user", "content": [{"type": "video"}]}]}, "video", "messages[0].content[0]",
          '{"type": "video"}'),
-        ({"messages": [{"role": "user", "content": [PART, 3]}]}, "malformed", "messages[0].content[1]", "3"),
-        ({"messages": "text"}, "malformed", "messages", "text"),
-        ({"messages": ["text"]}, "malformed", "messages[0]", "text"),
-        ({"messages": []}, "malformed", "messages", "[]"),
-        ({"question": "Q", "answer": None}, "malformed", "answer", "(missing)"),
+        ({"messages": [{"role": "user", "content": [PART, 3]}]}, "wrong fields", "messages[0].content[1]", "3"),
+        ({"messages": "text"}, "wrong fields", "messages", "text"),
+        ({"messages": ["text"]}, "wrong fields", "messages[0]", "text"),
+        ({"messages": []}, "wrong fields", "messages", "[]"),
+        ({"question": "Q", "answer": None}, "wrong fields", "answer", "(missing)"),
         ({"caption": "A", "jpg": None}, "missing image", "image", "(missing)"),
-        ({"a": 1, "messages": None}, "malformed", "messages", "null"),
+        ({"a": 1, "messages": None}, "wrong fields", "messages", "null"),
     ],
     ids=ascii,
 )  # fmt: skip
@@ -565,7 +565,7 @@ def test_captions_beside_an_image_that_differ_are_listed(tmp_path: Path) -> None
             "a.txt": "one\n", "a.json": json.dumps({**metadata, "caption": "one"}),
             "b.txt": "one", "b.json": json.dumps({**metadata, "caption": "two"}),
             "c.txt": "one", "c.caption": "two",
-            # a JSON about something else
+            # A JSON about something else.
             "d.txt": "one", "d.json": json.dumps({"imageData": "x", "shapes": [], "caption": None}),
             "e.txt": "one", "e.json": "[1]",
         },
@@ -574,15 +574,15 @@ def test_captions_beside_an_image_that_differ_are_listed(tmp_path: Path) -> None
         "a": "one", "b": "several columns: b.txt and b.json[caption]", "c": "several columns: c.txt and c.caption",
         "d": "one", "e": "one",
     }  # fmt: skip
-    # the user's choice
+    # The user's choice.
     chosen = read_captions(tmp_path, columns={"text": "caption"})
     assert (chosen["a"], chosen["b"], chosen["c"]) == ("one", "two", "two")
-    assert chosen["d"].startswith("malformed")
+    assert chosen["d"].startswith("wrong fields")
 
 
 def test_a_link_to_a_folder_above_is_refused(tmp_path: Path) -> None:
     write_texts(tmp_path / "photos", {"a/0.txt": "1", "b/1.txt": "2"})
-    # a link to a folder beside is read
+    # A link to a folder beside is read.
     (tmp_path / "photos" / "c").symlink_to(tmp_path / "photos" / "a")
     assert read_captions(tmp_path / "photos") == {"a/0": "1", "b/1": "2", "c/0": "1"}
     (tmp_path / "photos" / "b" / "up").symlink_to(tmp_path / "photos")
@@ -628,8 +628,8 @@ def test_samples_of_tars_without_one_image_or_text_are_listed(tmp_path: Path) ->
     assert summary["samples"] == 1
     listed = [json.loads(line) for line in (tmp_path / "out" / QUARANTINE_FILE).read_text().splitlines()]
     assert [entry["reason"] for entry in listed] == [
-        "several images", "malformed", "missing image", "several records", "missing image", "video", "broken text",
-        "broken image", "malformed",
+        "several images", "wrong fields", "missing image", "several records", "missing image", "video", "broken text",
+        "broken image", "not JSON",
     ]  # fmt: skip
     assert all(entry["origin"].startswith("a.tar: sample ") for entry in listed)
     assert [entry["value"] for entry in listed][:1] == ["jpg, png"]

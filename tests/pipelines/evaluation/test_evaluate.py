@@ -152,7 +152,7 @@ def test_scores_are_those_of_the_files_alone(undisturbed: Path) -> None:
 def test_the_first_batch_of_each_size_of_an_actor_does_not_count_as_speed(undisturbed: Path, tmp_path: Path) -> None:
     rows = lines(undisturbed / ANSWERS_FOLDER / evaluate.SPEED_FILE)
     sizes = {row["questions"] for row in rows}
-    # each of the two actors has at most one for each size
+    # Each of the two actors has at most one for each size.
     assert len(sizes) <= sum(row["is_warm_up"] for row in rows) <= 2 * len(sizes)
     assert all(any(row["is_warm_up"] for row in rows if row["questions"] == size) for size in sizes)
     row = {"task": "easy_vqa", "questions": 4, "tokens": 12, "prefill_s": 2.0, "decode_s": 0.5, "peak_bytes": 5}
@@ -162,7 +162,7 @@ def test_the_first_batch_of_each_size_of_an_actor_does_not_count_as_speed(undist
     file.write_text("".join(json.dumps(each) + "\n" for each in (warm_up, row, row | {"is_warm_up": False})))
     expected = {"speed.decode_tokens_per_s": 16.0, "speed.prefill_s_per_question": 0.5, "speed.peak_bytes": 7}
     assert evaluate.compute_speed(tmp_path) == expected
-    # a single batch has no other times
+    # A single batch has no other times.
     file.write_text(json.dumps(warm_up) + "\n")
     assert evaluate.compute_speed(tmp_path)["speed.prefill_s_per_question"] == 22.5
 
@@ -330,7 +330,7 @@ def test_an_evaluation_that_was_killed_continues_to_the_same_answers(
     assert (tmp_path / ANSWERS_FOLDER / "easy_vqa.jsonl").read_bytes() == (
         undisturbed / ANSWERS_FOLDER / "easy_vqa.jsonl"
     ).read_bytes()
-    # the batch whose answers were written last may have been killed before its time was
+    # The batch whose answers were written last may have been killed before its time was.
     assert count_answered(tmp_path) in (ASKED, ASKED - 2)
 
 
@@ -440,12 +440,12 @@ def test_own_questions_are_answered_scored_and_reported_by_type(
     scores = evaluate.evaluate(evaluated, tmp_path, tasks)
     rows = read_answers(tmp_path, "mine")
     assert [row["prompt"] for row in rows] == [row["question"] for row in lines(own / "my.jsonl")]
-    # the answers are those of the model to each question alone
+    # The answers are those of the model to each question alone.
     answerer = answering.load(evaluated.model, template=TEMPLATE)
     for row in rows:
         image = (own / row["image"]).read_bytes() if row["image"] else None
         assert answerer([row["prompt"]], [image], 5).texts == [row["response"]]
-    # scores by type, from the file alone
+    # Scores by type, from the file alone.
     right = [row["answers"][0] in row["response"].lower().split() for row in rows]
     types = {row["type"] for row in rows}
     assert scores["mine.questions"] == 8
@@ -453,9 +453,9 @@ def test_own_questions_are_answered_scored_and_reported_by_type(
     for type in types:
         of_type = [correct for correct, row in zip(right, rows, strict=True) if row["type"] == type]
         assert scores[f"mine.accuracy.{type}"] == sum(of_type) / len(of_type)
-    # a search may optimise each of these
+    # A search may optimise each of these.
     assert scores.keys() == evaluate.list_metric_names(tasks)
-    # intervals by type
+    # Intervals by type.
     for name, metric in find_task("mine").metrics(rows).items():
         interval = bootstrap_interval([metric], samples=200)
         assert interval.low <= scores[f"mine.{name}"] == interval.value <= interval.high
@@ -469,7 +469,7 @@ def test_questions_that_changed_in_the_file_are_asked_again_and_no_other(
     evaluate.evaluate(evaluated, tmp_path, tasks)
     assert not evaluate.has_new_questions(tmp_path, tasks)
     answered, rows = read_answers(tmp_path, "mine"), lines(own / "my.jsonl")
-    # one question is removed, one has another answer, one another text, one another image; one is new
+    # One question is removed, one has another answer, one another text, one another image; one is new.
     changed = [*rows[1:], {"question": "what is this?", "answer": "red", "id": "new"}]
     changed[0] = changed[0] | {"answer": "something else"}
     changed[1] = changed[1] | {"question": "what colour?"}
@@ -485,7 +485,7 @@ def test_questions_that_changed_in_the_file_are_asked_again_and_no_other(
     assert again[0]["answers"] == ["something else"]
     assert scores == evaluate.compute_scores(tmp_path, ["mine"]) | evaluate.compute_speed(tmp_path)
     assert not evaluate.has_new_questions(tmp_path, tasks)
-    # another metric scores other rows
+    # Another metric scores other rows.
     assert evaluate.has_new_questions(tmp_path, settings(mine=own_task(own, metric="exact")))
 
 
@@ -505,14 +505,14 @@ def test_all_local_images_are_checked_before_the_start(own: Path, tmp_path: Path
     rows = lines(own / "my.jsonl")
     evaluate.check_task("mine", own_task(own))
     evaluate.check_task("easy_vqa", LIMIT)
-    # formats that Pillow does not know
+    # Formats that Pillow does not know.
     (own / "text.png").write_text("no image")
     write_lines(own / "my.jsonl", [*rows, {**rows[0], "id": "x", "image": "text.png"}])
     with pytest.raises(
         ValueError, match=r"tasks\.mine\.images: got 1 of \d images in .*: 'text\.png', allowed: images"
     ):
         evaluate.check_task("mine", own_task(own))
-    # missing files, the first one present; also a folder
+    # Missing files, the first one present; also a folder.
     missing = [{**rows[0], "id": f"m{number}", "image": f"gone/{number}.png"} for number in range(5)]
     write_lines(own / "my.jsonl", [*rows, *missing, {**missing[0], "id": "n"}, {**rows[0], "id": "f", "image": "test"}])
     message = r"got 6 of \d+ images in .*: 'gone/0\.png', 'gone/1\.png', 'gone/2\.png', …, allowed: files that exist"
@@ -539,7 +539,7 @@ def test_an_image_is_a_path_below_its_folder(own: Path, tmp_path: Path) -> None:
         )
         with pytest.raises(ValueError, match=message):
             load_questions("mine", own_task(own))
-    # images of another folder or a URL are not looked at here
+    # Images of another folder or a URL are not looked at here.
     write_lines(own / "my.jsonl", [{**row, "image": "a/1.png"}])
     [question] = load_questions("mine", own_task(own, images="s3://bucket/images"))
     assert question.image == "a/1.png"

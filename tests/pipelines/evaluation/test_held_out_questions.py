@@ -39,7 +39,7 @@ def test_the_questions_are_those_of_the_records_and_the_images_are_as_stored(
         assert "<image>" not in question.prompt
         assert question.reference["answers"] == same.reference["answers"] == ["yes"]
         assert (file.parent / str(question.image)).read_bytes() == (pictures / str(same.image)).read_bytes()
-    # another call writes the same, and leaves nothing of another share
+    # Another call writes the same, and leaves nothing of another share.
     before = {path.name: path.read_bytes() for path in file.parent.iterdir()}
     write_held_out_questions(stored.folder, 0.8, "set", file)
     assert len(load(file)) == 18

@@ -69,10 +69,10 @@ def test_copies_of_images_in_another_form(write: Callable[[Image.Image, Path], N
     overlap = find(tmp_path, "copies", "test")
     assert overlap.pairs == set()
     assert len(overlap.copies) > COUNT / 2
-    # each is the image of its own record
+    # Each is the image of its own record.
     assert all(path == f"test/{path.rpartition('/')[2]}" for path, _ in overlap.copies)
     assert overlap.drawn == COUNT
-    # other questions about the same images are no overlap
+    # Other questions about the same images are no overlap.
     assert find(tmp_path, "copies", "test", "Which shape is it?").copies == set()
 
 
@@ -81,7 +81,7 @@ def test_images_that_resemble_each_other_are_no_copies(tmp_path: Path) -> None:
     write_images(tmp_path / "test", "test")
     overlap = find(tmp_path, "train", "test")
     assert (overlap.pairs, overlap.copies) == (set(), set())
-    # equal images are found by their bytes
+    # Equal images are found by their bytes.
     overlap = find(tmp_path, "test", "test")
     assert (len(overlap.pairs), overlap.copies) == (COUNT, set())
 

@@ -15,7 +15,7 @@ def test_so_many_items_show_the_effect_in_four_of_five_comparisons(effect: float
     random = np.random.default_rng(0)
     means = random.normal(effect, deviation, (SIMULATED, items)).mean(1)
     found = np.abs(means) > power.Z_LEVEL * deviation / np.sqrt(items)
-    # one item fewer is not enough, so the count is the smallest
+    # One item fewer is not enough, so the count is the smallest.
     assert 0.79 < found.mean() < 0.8 + 1 / items
     assert power.find_smallest_effect(deviation, items) <= effect < power.find_smallest_effect(deviation, items - 1)
 
@@ -31,7 +31,7 @@ def test_so_many_seeds_show_the_effect_by_a_t_test(effect: float, deviation: flo
         error = np.sqrt((ours.var(1, ddof=1) + base.var(1, ddof=1)) / seeds)
         return np.abs(ours.mean(1) - base.mean(1)) / error
 
-    # the critical value of the test is that of simulated models without a difference
+    # The critical value of the test is that of simulated models without a difference.
     critical = np.quantile(draw_statistics(0.0), 0.95)
     assert 0.77 < (draw_statistics(effect) > critical).mean() < 0.9
 

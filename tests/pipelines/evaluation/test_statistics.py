@@ -83,7 +83,7 @@ def test_the_interval_of_a_share_holds_the_truth_19_times_of_20() -> None:
     """Correlated clusters of four, 400 experiments: the standard error of the coverage is 1.1 points."""
     random, truth, covered, narrow = np.random.default_rng(3), 0.4, 0, 0
     for _ in range(400):
-        # the share of each unit varies with mean 0.4
+        # The share of each unit varies with mean 0.4.
         shares = random.beta(0.8, 1.2, size=80)
         outcomes = [
             Outcome("all", str(u), float(random.random() < share)) for u, share in enumerate(shares) for _ in "1234"

@@ -11,7 +11,7 @@ def test_the_average_of_table_1_is_the_mean_of_its_sixteen_tasks() -> None:
     assert len(TABLE_1.rows) == 8
     for name, (_, *tasks, average) in TABLE_1.rows.items():
         assert len(tasks) == len(TASK_TITLES) == 16
-        # printed tasks are off by 0.05 at most, and so is their mean
+        # Printed tasks are off by 0.05 at most, and so is their mean.
         assert sum(task for task in tasks if task is not None) / 16 == pytest.approx(average, abs=0.1), name
 
 

@@ -196,7 +196,7 @@ def test_instructions_are_shown_one_by_one_and_together(run: Path):
 
 def test_a_matrix_counts_the_responses_to_each_reference_answer(run: Path):
     read = page(run)
-    # columns are the references by type, then other responses
+    # Columns are the references by type, then other responses.
     assert read.row("the colour")[1:] == ["10", "0", "0", "0"]
     assert read.row("the shape")[1:] == ["0", "19", "0", "1"]
     assert read.row("the yes/no")[1:] == ["0", "0", "61", "9"]
@@ -575,7 +575,7 @@ def test_a_report_that_fails_leaves_the_old_one(run: Path):
     assert (run / "report.html").read_bytes() == old
 
 
-# Newcombe 1998, Statistics in Medicine 17, p. 857-872, table I, method 3
+# Newcombe 1998, Statistics in Medicine 17, p. 857-872, table I, method 3.
 @pytest.mark.parametrize(
     ("successes", "n", "low", "high"),
     [(81, 263, 0.2553, 0.3662), (15, 148, 0.0624, 0.1605), (0, 20, 0.0, 0.1611), (1, 29, 0.0061, 0.1718)],

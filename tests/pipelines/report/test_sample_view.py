@@ -198,7 +198,7 @@ def test_a_set_without_a_tokenizer_shows_the_text(stored: Shards, records: list[
         assert shown.image.size == (16, 16)
     record = {"conversations": [{"from": "gpt", "value": "no"}]}
     assert view_stored(3, StoredSample("k", b"", record), TEMPLATE, 16, "pad").problem.startswith("turn order")
-    assert view_stored(3, StoredSample("k", b"", {}), TEMPLATE, 16, "pad").problem.startswith("malformed")
+    assert view_stored(3, StoredSample("k", b"", {}), TEMPLATE, 16, "pad").problem.startswith("wrong fields")
     assert view_stored(3, "damaged", TEMPLATE, 16, "pad").problem == "damaged"
 
 
@@ -219,7 +219,7 @@ def test_the_page_needs_no_script_and_no_network(stages: list[StageView]) -> Non
     assert html.count('<img src="data:image/webp') == 22
     for text in ("cut off by max_length", "Training would replace this sample", "a lead", "[question]"):
         assert text in html
-    # anchors of the navigation exist
+    # Anchors of the navigation exist.
     assert set(re.findall(r'href="#([^"]+)"', html)) <= set(re.findall(r'id="([^"]+)"', html))
 
 

@@ -643,7 +643,7 @@ def test_columns_without_a_number_are_left_out(tmp_path: Path) -> None:
     shown = drop_empty_columns(models)
     assert {"IF", "right", "both"} <= {column.name for column in models.columns}
     assert [column.name for column in shown.columns] == ["easy-VQA"]
-    # the cells stay below their columns
+    # The cells stay below their columns.
     position = [column.name for column in models.columns].index("easy-VQA")
     for before, after in zip(models.blocks[family.label], shown.blocks[family.label], strict=True):
         assert after.cells == before.cells[position : position + 1]

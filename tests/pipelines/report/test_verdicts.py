@@ -120,7 +120,7 @@ def test_runs_are_judged_by_their_answers(family: Family) -> None:
     assert 30 < supported.interval.low < supported.interval.value < supported.interval.high < 70
     assert supported.about == "instructions.strict; 480 items; 3 and 3 seeds"
     assert not supported.needed
-    # equal skill: no gain of half of 3.9 points can be excluded with so few answers, so nothing is claimed
+    # Equal skill: no gain of half of 3.9 points can be excluded with so few answers, so nothing is claimed.
     equal = judge_text(family, "CMAI alone follows")
     assert equal.outcome in ("cannot tell", "contradicted")
     one_seed = judge_text(family, "VMTC alone follows")

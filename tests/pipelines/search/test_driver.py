@@ -85,7 +85,7 @@ def test_a_search_of_which_all_trials_fail_ends_with_the_reason(
     def work(trial: TrialSpec, run: Path, should_stop: Any) -> dict[str, float]:
         raise ValueError("data.sets.a: no such bucket")
 
-    # the number of trials has a test without their processes, in test_trials.py
+    # The number of trials has a test without their processes, in test_trials.py.
     monkeypatch.setattr(trials_module, "MAX_CONSECUTIVE_FAILURES", 1)
     trials = Trials(settings(num_trials=2, max_concurrent_trials=1, retries=0), "toy", tmp_path, lambda values: {})
     with pytest.raises(ValueError, match=r"like all before it: data\.sets\.a: no such bucket"):

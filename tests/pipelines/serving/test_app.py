@@ -58,7 +58,7 @@ def test_an_answer_is_whole_however_many_replicas_die(deaths: tuple[int, ...]) -
     assert answer["choices"][0]["message"]["content"] == "A red circle."
     assert answer["usage"]["completion_tokens"] == len(WORDS)
     assert len(replica.calls) == len(deaths) + 1
-    # each replica draws the same tokens
+    # Each replica draws the same tokens.
     assert len({call.sampling.seed for call in replica.calls}) == 1
     assert replica.calls[0].sampling.seed is not None
 

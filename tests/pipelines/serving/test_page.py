@@ -79,7 +79,7 @@ def test_a_conversation_on_a_desktop(browser: Browser, url: str, folder: Path, m
         "[...document.querySelectorAll('.card')].map((card) => card.querySelectorAll('figure').length)"
     ) == [3, 0]
 
-    # the keyboard moves from word to word
+    # The keyboard moves from word to word.
     browser.run("document.querySelector('.word').focus()")
     pressed = "[...document.querySelectorAll('.word')].findIndex((word) => word.ariaPressed === 'true')"
     assert browser.run(pressed) == 0
@@ -88,13 +88,13 @@ def test_a_conversation_on_a_desktop(browser: Browser, url: str, folder: Path, m
     assert browser.run("document.querySelectorAll('.word[tabindex=\"0\"]').length") == 1
     word = browser.run("document.querySelectorAll('.word')[1].textContent.trim()")
     assert word in browser.run("document.querySelector('canvas').getAttribute('aria-label')")
-    # every control has a name
+    # Every control has a name.
     assert browser.run(
         "[...document.querySelectorAll('button, textarea, input:not([hidden])')].every((node) => node.ariaLabel ||"
         " node.textContent.trim() || node.labels?.length)"
     )
 
-    # the second question continues the conversation
+    # The second question continues the conversation.
     browser.run("document.querySelector('#text').focus()")
     browser.type("Is it red?")
     browser.press("Enter")
@@ -105,7 +105,7 @@ def test_a_conversation_on_a_desktop(browser: Browser, url: str, folder: Path, m
     assert browser.run("document.querySelectorAll('.turn').length") == 0
     assert not browser.run("document.querySelector('#welcome').hidden")
 
-    # a question without any image is answered, with a remark; so far the conversation had images
+    # A question without any image is answered, with a remark; so far the conversation had images.
     browser.run("document.querySelector('#text').focus()")
     browser.type("Is it red?")
     browser.press("Enter")
@@ -139,7 +139,7 @@ def test_a_dark_phone(browser: Browser, url: str, folder: Path, monkeypatch: pyt
     browser.wait_for("document.querySelectorAll('.chips li').length === 8")
     assert browser.run("document.documentElement.scrollWidth") == 390
     assert browser.run("getComputedStyle(document.body).backgroundColor") == "rgb(20, 24, 28)"
-    # an image that this server does not read is an error in its place, and the next question works
+    # An image that this server does not read is an error in its place, and the next question works.
     (folder / "3.png").write_bytes((folder / "1.png").read_bytes()[:200])
     browser.choose_files("#file", folder / "3.png")
     browser.wait_for("document.querySelectorAll('.thumb').length === 1")

@@ -165,10 +165,10 @@ def test_internal_addresses_are_never_fetched(monkeypatch: pytest.MonkeyPatch) -
         url = f"http://localhost:{server.server_port}/a.png"
         with pytest.raises(ValueError, match=r"got host 'localhost', allowed: example\.org"):
             images.read_image_url(url, RequestLimits(image_hosts=("example.org",)))
-        # an allowed host whose name points to an internal address
+        # An allowed host whose name points to an internal address.
         with pytest.raises(ValueError, match="localhost has no public address"):
             images.read_image_url(url, RequestLimits(image_hosts=("localhost",)))
-        # the same request succeeds where the address counts as public, so only the check refused it
+        # The same request succeeds where the address counts as public, so only the check refused it.
         monkeypatch.setattr(images, "is_public_address", lambda _: True)
         assert images.read_image_url(url, RequestLimits(image_hosts=("localhost",))) == encode_image()
     finally:

@@ -44,7 +44,7 @@ class CountingMode(TorchDispatchMode):
         return result
 
     def _add(self, tensor: Tensor) -> None:
-        # DeepSpeed's ZeRO 1 and 2 keep the shapes of all trained weights as tensors on "meta", which have no memory
+        # DeepSpeed's ZeRO 1 and 2 keep the shapes of all trained weights as tensors on "meta", which have no memory.
         if tensor.device.type != "meta":
             self.counter.add(tensor)
 

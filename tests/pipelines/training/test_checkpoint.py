@@ -424,7 +424,7 @@ def test_a_failed_upload_reports_its_error_and_makes_no_checkpoint(proxy: Any, b
     assert upload.error().text.startswith(
         f"rank 3: {bucket}/step-000020/rank-0003-00.safetensors: given up after 8 tries"
     )
-    assert upload.done
+    assert upload.is_done
     proxy.clear()
     assert restore(bucket) == (10, [])
 

@@ -75,7 +75,7 @@ def test_a_model_divided_among_ranks_trains_like_a_whole_one(
         assert parts[0] == whole[0]
         assert parts[1].keys() == whole[1].keys()
         assert all(parts[1][name].equal(whole[1][name]) for name in parts[1])
-        # DeepSpeed leaves an empty tensor in place of a parameter
+        # DeepSpeed leaves an empty tensor in place of a parameter.
         assert parts[2] == 0 < whole[2]
 
 

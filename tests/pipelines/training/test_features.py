@@ -177,14 +177,14 @@ def test_features_of_other_images_or_another_tower_are_refused(
         replace(named, sets={"set": stored.folder}).build_reader()
     with pytest.raises(ValueError, match=r"got none for set, which train\.small mixes with other"):
         replace(plan, features={"other": folder}).build_reader()
-    # a stage that trains the tower reads images
+    # A stage that trains the tower reads images.
     assert not replace(named, stage=small.STAGE).build_reader().features
-    # a writer does not mix features of two towers
+    # A writer does not mix features of two towers.
     with torch.no_grad():
         other = model.build_model(small.MODEL, AutoTokenizer.from_pretrained(plan.tokenizer))
     with pytest.raises(ValueError, match="contains features of another set, tower or form of images"):
         write(plan, other, tmp_path / "features")
-    # the loaded tower decides
+    # The loaded tower decides.
     reader = named.build_reader()
     settings = replace(small.MODEL, vmtc=VMTC(ratio=0.5, iterations=1))
     clustered = model.build_model(settings, AutoTokenizer.from_pretrained(plan.tokenizer))

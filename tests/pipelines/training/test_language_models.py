@@ -98,7 +98,7 @@ def test_a_table_that_head_and_embeddings_share_trains_alike_under_every_stage(
     for name, weight in weights[0].items():
         for other in weights[1:4]:
             torch.testing.assert_close(other[name], weight, rtol=1e-4, atol=1e-5)
-    # adapters train the linear layers alone
+    # Adapters train the linear layers alone.
     assert torch.equal(weights[4][EMBEDDINGS], start.get_input_embeddings().weight)
     query = "model.language_model.layers.0.self_attn.q_proj.weight"
     assert not torch.equal(weights[4][query], dict(start.named_parameters())[query])

@@ -149,7 +149,7 @@ def compute_slowly(events: list[Event]) -> Counter[str]:
     for i, event in enumerate(kept):
         kinds = [event["event"] for event in kept[:i]]
         launches = [j for j in range(i) if kinds[j] == "launch"]
-        # workers other than the first of a launch are an attempt of their own
+        # Workers other than the first of a launch are an attempt of their own.
         groups = [
             j for j in range(i) if kinds[j] == "start" and "start" in kinds[max(k for k in launches if k < j) : j]
         ]

@@ -93,7 +93,7 @@ def test_loss_and_gradient_are_those_without_packing(
     assert loss == pytest.approx(expected, rel=TOLERANCE)
     assert gradients.keys() == reference.keys()
     for name, gradient in gradients.items():
-        # a sum of almost equal terms of both signs has a larger relative error
+        # A sum of almost equal terms of both signs has a larger relative error.
         assert (gradient - reference[name]).norm() <= TOLERANCE * reference[name].norm() + 1e-8, name
 
 

@@ -59,7 +59,7 @@ def skewed_set(
 def build_ordered_reader(plan: StagePlan) -> Reader:
     """Build a reader whose micro-batches are the stored samples in their order, also with packing."""
     reader = plan.build_reader()
-    # packing divides a global batch by length; here each micro-batch is one
+    # Packing divides a global batch by length; here each micro-batch is one.
     return replace(reader, order=replace(reader.order, global_batch_size=plan.stage.micro_batch_size))
 
 
@@ -70,7 +70,7 @@ def train_all(plans: list[StagePlan]) -> list[tuple[list[list[float]], dict[str,
 
     def make_dividing_config(plan: StagePlan) -> dict[str, Any]:
         config = make_config(plan)
-        # ZeRO 3 would keep small parameters whole on each rank, and gather none
+        # ZeRO 3 would keep small parameters whole on each rank, and gather none.
         config["zero_optimization"]["stage3_param_persistence_threshold"] = 0
         return config
 
@@ -79,7 +79,7 @@ def train_all(plans: list[StagePlan]) -> list[tuple[list[list[float]], dict[str,
             deepspeed_engine = engine.build_engine(plan, ranks.count_workers())
         reader, steps = build_ordered_reader(plan), []
         for step in range(len(IMAGE_COUNTS)):
-            # a schedule without warmup begins with the peak
+            # A schedule without warmup begins with the peak.
             engine.set_learning_rate(deepspeed_engine, engine.LearningRateSchedule(len(IMAGE_COUNTS), 0.0), 1)
             batch = reader(step * ranks.count_workers() + deepspeed_engine.global_rank)
             update = worker.train_global_batch(deepspeed_engine, plan, [batch])

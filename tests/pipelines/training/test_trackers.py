@@ -27,7 +27,7 @@ from redux.extras import write_install_command
 pytestmark = pytest.mark.integration
 
 SETTINGS = {"name": "job", "train": {"tower": {"epochs": 2, "data": None}}, "many": {str(n): n for n in range(150)}}
-# the discard port, on which no server listens
+# The discard port, on which no server listens.
 UNUSED_ADDRESS = "http://127.0.0.1:9"
 CUT_OFF = {"DO_NOT_TRACK": "true", "WANDB_ERROR_REPORTING": "false", "WANDB_BASE_URL": UNUSED_ADDRESS}
 WRITER = """
@@ -133,7 +133,7 @@ def test_all_values_of_a_stage_can_be_read(tmp_path: Path, name: str):
 def test_killed_runs_resume_with_the_same_id(tmp_path: Path, name: str):
     kill_after_writing(name, tmp_path, 0, 5, 0, make_losses(1, 5))
     before = read_ids(tmp_path) if name != "tensorboard" else None
-    # MLflow and W&B keep all values of a step; the latest one counts
+    # MLflow and W&B keep all values of a step; the latest one counts.
     kept = make_losses(1, 3) if name == "tensorboard" else make_losses(1, 5)
     kill_after_writing(name, tmp_path, 3, 7, 1, kept + make_losses(4, 7, 1))
     assert before is None or (read_ids(tmp_path) == before and list(before) == [name])
@@ -254,7 +254,7 @@ def test_a_tracker_without_a_server_at_the_start_is_left_out(
     group.close()
     assert "trackers: mlflow left out of tower, it failed at its start: " in capsys.readouterr().out
     assert read_tensorboard(tmp_path, "tower")["loss"] == make_losses(1, 1)
-    # no ID is stored, so the next start creates a run
+    # No ID is stored, so the next start creates a run.
     assert not (tmp_path / TRACKER_IDS_FILE).exists()
 
 

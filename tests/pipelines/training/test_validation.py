@@ -47,7 +47,7 @@ def train(plan: StagePlan, validates: bool) -> tuple[list[float], dict[int, floa
         losses.append(step.values["loss"])
         if VALIDATION_LOSS in step.values:
             found[step.number] = step.values[VALIDATION_LOSS]
-    # ZeRO 3 replaces functions of torch until then
+    # ZeRO 3 replaces functions of torch until then.
     engine.free_engine(deepspeed_engine)
     return losses, found
 
@@ -108,7 +108,7 @@ def test_the_validation_loss_is_that_of_a_plain_loop_on_any_ranks(new_plan: NewP
         assert found == pytest.approx(results[0], rel=1e-4), "the same for each ZeRO stage"
     for (_, found), other in zip(one, results, strict=False):
         assert found == pytest.approx(other, rel=1e-4), "the same on one rank"
-    # training does not notice the validation
+    # Training does not notice the validation.
     assert two[0][5] == (two[0][0][0], {})
     assert two[0][6] == (two[0][3][0], {})
 
