@@ -6,10 +6,6 @@ server, which starts with the first fork and ends with the test process.
 - `start_fork` calls a function in a fork.
 - `ForkedCommand` runs a program in a fork, and lets the workers of its Ray be forks.
 - `use_forks` lets the workers of a Ray that this process starts be forks. `request_worker.py` requests them.
-
-As a program, this module imports the modules itself and runs another module whose Ray has forks as workers:
-
-    python -m tests.forks jobs.command run job.yaml
 """
 
 import argparse
@@ -25,6 +21,7 @@ import signal
 import socket
 import subprocess
 import sys
+import tempfile
 import traceback
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext, suppress
@@ -36,9 +33,6 @@ from typing import Any, NoReturn
 from unittest.mock import patch
 
 import psutil
-
-WITH_FORKS = [sys.executable, "-m", "tests.forks"]
-"""First words of a command whose Ray has forks as workers. The name of a module and its words follow."""
 
 WORKER_SCRIPT = str(Path(__file__).with_name("request_worker.py"))
 
@@ -163,12 +157,13 @@ def run_with_forks(module: str, words: list[str]) -> None:
 
 
 def _replace_environment(environment: dict[str, str]) -> None:
-    """Replace all environment variables, also for Ray, which has read its token from those of the fork server."""
+    """Replace all environment variables, also for libraries that have read those of the fork server."""
     from ray._private.authentication_test_utils import reset_auth_token_state
 
     os.environ.clear()
     os.environ.update(environment)
     reset_auth_token_state()
+    tempfile.tempdir = None
 
 
 def _end_after(run: Callable[[], Any]) -> NoReturn:
@@ -247,8 +242,8 @@ def _serve(listener: socket.socket, owner: int) -> None:
 
     Workers are killed when their raylet ends.
     """
-    # Signals to the group of the owner are not for workers.
-    os.setsid()
+    # Signals to the group of the owner are not for workers. The session is that of the owner.
+    os.setpgrp()
     # Nobody waits for the workers.
     signal.signal(signal.SIGCHLD, signal.SIG_IGN)
     processes = {owner: os.pidfd_open(owner)}
@@ -310,10 +305,3 @@ def _run_worker(words: list[str], environment: dict[str, str], folder: str, mask
         os.chdir(directory)
         sys.path.insert(0, directory)
     runpy.run_path(sys.argv[0], run_name="__main__")
-
-
-if __name__ == "__main__":
-    import tests.preloaded  # noqa: F401
-    from tests import forks  # not this module, whose name is __main__, which the program will have
-
-    forks.run_with_forks(sys.argv[1], sys.argv[2:])

@@ -2,11 +2,13 @@
 
 import os
 import re
+import select
 import shutil
 import signal
 import subprocess
 import sys
 import tempfile
+import time
 import uuid
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -16,7 +18,7 @@ from typing import Literal
 
 import psutil
 
-from tests.forks import WITH_FORKS
+from tests.forks import ForkedCommand
 
 MARK = "REDUX_TEST_COMMAND"
 """Environment variable of a command and of all its descendants."""
@@ -50,7 +52,7 @@ class Command:
     Args:
         words: the words after `redux`.
         environment: variables besides those of this process.
-        with_forks: let the workers of its Ray be forks, which start faster.
+        with_forks: the command and the workers of its Ray are forks, which start faster.
     """
 
     def __init__(self, words: Sequence[str], environment: dict[str, str], with_forks: bool) -> None:
@@ -59,24 +61,34 @@ class Command:
         self.scratch = Path(tempfile.mkdtemp(prefix="s", dir="/tmp"))
         inherited = {name: value for name, value in os.environ.items() if name not in ("RAY_ADDRESS", "RAY_TMPDIR")}
         folders = {"TMPDIR": str(self.scratch), "RAY_TMPDIR": str(self.scratch)}
-        self.process = subprocess.Popen(
-            [*(WITH_FORKS if with_forks else (sys.executable, "-m")), "jobs.command", *words],
-            env={**inherited, "TQDM_MININTERVAL": "0.1", **folders, MARK: self.mark, **environment},
-            stdout=subprocess.PIPE,
-            stderr=subprocess.STDOUT,
-            start_new_session=True,
-            preexec_fn=reset_signals,
-        )
+        environment = {**inherited, "TQDM_MININTERVAL": "0.1", **folders, MARK: self.mark, **environment}
+        self.reader, writer = os.pipe()
+        self.process: subprocess.Popen[bytes] | ForkedCommand
+        if with_forks:
+            self.process = ForkedCommand("jobs.command", words, environment, writer)
+        else:
+            self.process = subprocess.Popen(
+                [sys.executable, "-m", "jobs.command", *words],
+                env=environment,
+                stdout=writer,
+                stderr=writer,
+                start_new_session=True,
+                preexec_fn=reset_signals,
+            )
+        os.close(writer)
         self.output = ""
 
     def wait_for(self, event: str) -> re.Match[str]:
         """Read the output until it matches a pattern."""
-        assert self.process.stdout
         while not (found := re.search(event, self.output)):
-            part = os.read(self.process.stdout.fileno(), 4096)
-            assert part, f"ended before {event!r}, with {self.process.wait()}:\n{self.output}"
-            self.output += part.decode(errors="replace")
+            assert self._read(), f"ended before {event!r}, with {self.process.wait()}:\n{self.output}"
         return found
+
+    def _read(self) -> bool:
+        """Wait for more output. Return False at its end."""
+        part = os.read(self.reader, 4096)
+        self.output += part.decode(errors="replace")
+        return bool(part)
 
     def send(self, number: signal.Signals, to: Receiver = "command") -> None:
         """Send a signal to the command, to its process group, or to all its processes, the command last."""
@@ -90,19 +102,25 @@ class Command:
 
     def wait_for_end(self) -> StoppedCommand:
         """Wait for the end, and list what is left."""
-        output, _ = self.process.communicate(timeout=ENDING_S)
-        self.output += output.decode(errors="replace")
+        deadline = time.monotonic() + ENDING_S
+        while select.select([self.reader], [], [], max(0, deadline - time.monotonic()))[0] and self._read():
+            pass
+        code = self.process.wait(max(1, deadline - time.monotonic()))
         processes = [f"{process.name()} {process.pid}" for process in self.iterate_processes()]
         files = [str(path.relative_to(self.scratch)) for path in self.scratch.rglob("*")]
-        return StoppedCommand(code=self.process.returncode, output=self.output, processes=processes, files=files)
+        return StoppedCommand(code=code, output=self.output, processes=processes, files=files)
 
     def iterate_processes(self) -> Iterator[psutil.Process]:
-        """Iterate over the processes of the command, in all sessions and groups."""
+        """Iterate over the processes of the command, in all sessions and groups.
+
+        Forks are those of its session, since they have no environment of their own that others can see.
+        """
         for process in psutil.process_iter():
             try:
-                if process.environ().get(MARK) == self.mark and process.status() != psutil.STATUS_ZOMBIE:
+                is_own = process.environ().get(MARK) == self.mark or os.getsid(process.pid) == self.process.pid
+                if is_own and process.status() != psutil.STATUS_ZOMBIE:
                     yield process
-            except psutil.Error:
+            except (psutil.Error, ProcessLookupError):
                 continue
 
 
@@ -124,4 +142,5 @@ def start_command(
         for process in [*command.iterate_processes()]:
             process.kill()
         command.process.wait()
+        os.close(command.reader)
         shutil.rmtree(command.scratch, ignore_errors=True)
