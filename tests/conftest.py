@@ -5,10 +5,18 @@ import os
 import shutil
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager
+from functools import partial
+from importlib.machinery import SourceFileLoader
 from pathlib import Path
+from types import CodeType
 from typing import Any
+from unittest.mock import patch
 
 import pytest
+from _pytest import runner
+from jaxtyping import _import_hook
+
+from tests.frames import call_with_room
 
 # Test processes, ranks and workers share the CPUs. Threads of OpenMP that wait for each other must not take CPU time
 # from others. Set here, since torch reads it when it is imported.
@@ -20,6 +28,21 @@ gc.disable()
 if shutil.which("nvidia-smi") is None:
     # Without a GPU, tests of kernels interpret them; set here, since transformers imports triton, which reads it.
     os.environ.setdefault("TRITON_INTERPRET", "1")
+
+
+def load_code(loader: Any, name: str) -> CodeType | None:
+    """Load the bytecode of a module whose shapes jaxtyping checks.
+
+    jaxtyping 0.3 looks for files of bytecode of its own until the module has run, so also for all that the module
+    imports. Where none are written, each process would compile torch, transformers and others, for 8 seconds of CPU.
+    """
+    find_file = partial(_import_hook._optimized_cache_from_source, loader._typechecker.get_hash())
+    with patch("importlib._bootstrap_external.cache_from_source", find_file):
+        return SourceFileLoader.get_code(loader, name)
+
+
+checking_loader: Any = _import_hook._JaxtypingLoader
+checking_loader.get_code, checking_loader.exec_module = load_code, SourceFileLoader.exec_module
 
 
 def pytest_xdist_auto_num_workers(config: pytest.Config) -> int:
@@ -85,6 +108,11 @@ def pytest_collection_finish() -> None:
 def pytest_unconfigure() -> None:
     """Let the interpreter collect all objects at its end. Libraries report frozen ones as leaked."""
     gc.unfreeze()
+
+
+def pytest_runtest_protocol(item: pytest.Item, nextitem: pytest.Item | None) -> Any:
+    """Run a test as pytest does, with room for its frames."""
+    return call_with_room(runner.pytest_runtest_protocol, item, nextitem)
 
 
 @pytest.fixture(scope="session")

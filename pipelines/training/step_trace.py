@@ -100,12 +100,12 @@ class ShapeMode(TorchDispatchMode):
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         result = _run(func, args, kwargs or {})
-        for tensor in _list_tensors([result]):
+        for tensor in list_tensors([result]):
             self.counter.add(tensor)
         return result
 
 
-def _list_tensors(values: Iterable[Any]) -> list[Tensor]:
+def list_tensors(values: Iterable[Any]) -> list[Tensor]:
     """List the tensors among arguments or results, which may be lists of tensors."""
     tensors = []
     for value in values:
@@ -118,7 +118,7 @@ def _list_tensors(values: Iterable[Any]) -> list[Tensor]:
 
 def _run(func: Any, args: Any, kwargs: dict[str, Any]) -> Any:
     """Run an operation on meta tensors if one of its tensors is on "meta", else for real."""
-    devices = {tensor.device.type for tensor in _list_tensors((*args, *kwargs.values()))}
+    devices = {tensor.device.type for tensor in list_tensors((*args, *kwargs.values()))}
     if "meta" not in devices:
         if str(kwargs.get("device")) == "meta" and not _makes_floats(func, args, kwargs):
             kwargs = {**kwargs, "device": "cpu"}

@@ -21,6 +21,7 @@ from pipelines.training.hooks import CheckpointHook, Hook, StepResult
 from pipelines.training.metrics import MetricsWriter
 from pipelines.training.plan import StagePlan
 from tests import forks
+from tests.frames import call_with_room
 
 
 def run_on_ranks(folder: Path, workers: int, work: Callable[..., Any], *args: Any) -> list[Any]:
@@ -47,7 +48,7 @@ def _run_rank(
     os.environ |= {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": str(workers)}
     try:
         dist.init_process_group("gloo", init_method=f"file://{store}", rank=rank, world_size=workers)
-        torch.save(work(*args), result)
+        torch.save(call_with_room(work, *args), result)
         dist.barrier()
     except BaseException:
         traceback.print_exc()
@@ -131,16 +132,20 @@ def train_without_ray(plan: StagePlan, folder: Path) -> StagePlan:
 
 def gather_state(engine: Any) -> dict[str, torch.Tensor]:
     """Gather every weight and moment from the fragments of all ranks, and check that each element occurs once."""
-    local = [
-        (fragment.name, fragment.start, {state: tensor.clone() for state, tensor in fragment.states.items()})
-        for fragment in fragments.owned_fragments(engine)
-    ]
+    names, starts, tensors = [], [], []
+    for fragment in fragments.owned_fragments(engine):
+        for state, tensor in fragment.states.items():
+            names.append(f"{fragment.name}/{state}")
+            starts.append((fragment.start, len(tensor)))
+            tensors.append(tensor)
+    # One tensor for each rank: to pickle thousands of small ones would take most of the time of a test.
     all_ranks: list[Any] = [None] * count_workers()
-    dist.all_gather_object(all_ranks, local)
+    dist.all_gather_object(all_ranks, (names, starts, torch.cat(tensors)))
     pieces: dict[str, list[tuple[int, torch.Tensor]]] = {}
-    for name, start, states in (piece for rank in all_ranks for piece in rank):
-        for state, tensor in states.items():
-            pieces.setdefault(f"{name}/{state}", []).append((start, tensor))
+    for rank_names, rank_starts, values in all_ranks:
+        parts = values.split([size for _, size in rank_starts])
+        for name, (start, _), part in zip(rank_names, rank_starts, parts, strict=True):
+            pieces.setdefault(name, []).append((start, part))
     gathered = {}
     for name, parts in pieces.items():
         parts.sort(key=lambda part: part[0])

@@ -67,7 +67,7 @@ def make_conversations(image_tokens: int) -> list[Tensor]:
     """Conversations with an image, text alone, two images, and an image at the end."""
     image = [IMAGE] * image_tokens
     rng = np.random.default_rng(0)
-    texts = [rng.integers(3, IMAGE, size).tolist() for size in (9, 7, 6, 5, 4, 8)]
+    texts = [rng.integers(3, IMAGE, size).tolist() for size in (4, 5, 3, 2, 3, 4)]
     parts = [
         [1, *image, *texts[0]],
         [1, *texts[1]],

@@ -25,7 +25,7 @@ SAVED_STEP, STEPS = 2, 4
 
 
 def train_part(plan: StagePlan, cursor: int, stop: int) -> list[float]:
-    """Run steps cursor+1..stop of STEPS on this rank from the newest checkpoint, and save one. Returns the losses."""
+    """Run steps cursor+1..stop on this rank from the newest checkpoint, and save one. Returns the losses."""
     from pipelines.training import checkpoint, engine, fragments
 
     deepspeed_engine = engine.build_engine(plan, ranks.count_workers())
@@ -184,8 +184,8 @@ def test_a_run_on_four_then_two_then_three_workers_is_the_run_on_one(
 ) -> None:
     plan = new_plan(global_batch_size=12, micro_batch_size=1, zero_stage=3)
     single = replace(plan, checkpoints=str(tmp_path / "single"))
-    expected = ranks.run_on_ranks(tmp_path, 1, train_part, single, 0, STEPS)[0]
+    expected = ranks.run_on_ranks(tmp_path, 1, train_part, single, 0, 3)[0]
     losses = []
-    for workers, cursor, stop in [(4, 0, 1), (2, 1, 2), (3, 2, STEPS)]:
+    for workers, cursor, stop in [(4, 0, 1), (2, 1, 2), (3, 2, 3)]:
         losses += ranks.run_on_ranks(tmp_path, workers, train_part, plan, cursor, stop)[0]
     assert losses == pytest.approx(expected, abs=LOSS_TOLERANCE["fp32"])
