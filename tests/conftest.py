@@ -17,6 +17,7 @@ from _pytest import runner
 from jaxtyping import _import_hook
 
 from tests.frames import call_with_room
+from tests.interpreter import omit_overflow_checks
 
 # Test processes, ranks and workers share the CPUs. Threads of OpenMP that wait for each other must not take CPU time
 # from others. Set here, since torch reads it when it is imported.
@@ -101,6 +102,7 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
 
 def pytest_collection_finish() -> None:
     """Collect garbage again, but not among the objects of imported modules and collected tests."""
+    omit_overflow_checks()
     gc.freeze()
     gc.enable()
 

@@ -11,6 +11,7 @@ from types import SimpleNamespace
 from unittest.mock import patch
 
 from pipelines.core.imports import import_without
+from tests.interpreter import omit_overflow_checks
 
 MODULES = ["torch._dynamo", "torch._inductor", "redux.contrastive", "redux.loading"]
 """Modules that do not import Ray. DeepSpeed imports the first two in every rank."""
@@ -53,6 +54,7 @@ def import_modules() -> None:
 gc.disable()
 with patch.dict(os.environ, IMPORT_ENVIRONMENT):
     import_modules()
+omit_overflow_checks()
 gc.freeze()
 gc.enable()
 # At the end of the process, libraries report frozen objects as leaked.

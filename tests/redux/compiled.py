@@ -1,6 +1,6 @@
 """Compile models and compare them with themselves; the names of checks are the arguments.
 
-A process of its own, since the checks of shapes in tests cannot be compiled. Each check prints its name at its end.
+A process of its own, since the checks of shapes in tests cannot be compiled.
 """
 
 import sys
@@ -116,7 +116,6 @@ def main() -> None:
         torch._dynamo.reset()
         with torch.no_grad():
             CHECKS[name]()
-        print(name)
 
 
 if __name__ == "__main__":

@@ -1,36 +1,33 @@
 """Compiled models give what they give uncompiled; `tests/redux/compiled.py` has the comparisons."""
 
-import subprocess
-import sys
+import os
 from pathlib import Path
 
 import pytest
 
+from tests.forks import ForkedCommand
+
 pytestmark = pytest.mark.integration
 
-ROOT = Path(__file__).parents[2]
 
-
-def run_checks(*names: str) -> subprocess.CompletedProcess[str]:
-    command = [sys.executable, "-m", "tests.redux.compiled", *names]
-    return subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
+def run_checks(folder: Path, *names: str) -> tuple[int, str]:
+    """Run checks in a process without checks of shapes. Return its exit code and its output."""
+    with (folder / "output").open("w+") as output:
+        code = ForkedCommand("tests.redux.compiled", names, os.environ, output.fileno()).wait()
+        output.seek(0)
+        return code, output.read()
 
 
 CHECKS = ("tower", "threads", "decoding step")
 
 
-@pytest.fixture(scope="module")
-def checks() -> subprocess.CompletedProcess[str]:
-    """Output of one process that makes all checks, since torch and transformers take seconds to load."""
-    return run_checks(*CHECKS)
-
-
 @pytest.mark.parametrize("name", CHECKS)
-def test_a_compiled_model_gives_the_same(checks: subprocess.CompletedProcess[str], name: str) -> None:
-    assert name in checks.stdout.splitlines(), checks.stderr[-2000:]
+def test_a_compiled_model_gives_the_same(tmp_path: Path, name: str) -> None:
+    code, output = run_checks(tmp_path, name)
+    assert code == 0, output[-2000:]
 
 
 @pytest.mark.slow
-def test_a_tower_compiled_by_inductor_gives_the_same() -> None:
-    ended = run_checks("tower by Inductor")
-    assert ended.returncode == 0, ended.stderr[-2000:]
+def test_a_tower_compiled_by_inductor_gives_the_same(tmp_path: Path) -> None:
+    code, output = run_checks(tmp_path, "tower by Inductor")
+    assert code == 0, output[-2000:]
