@@ -87,8 +87,8 @@ class ModelSettings:
     Args:
         tower: sizes of an image tower to build; or folder, hub id or URL (s3://) of a pretrained one.
         language: sizes of a language model to build; or folder, hub id or URL (s3://) of a pretrained one, or
-            package:NAME for the folder of an installed Python package. Beside a tower of sizes, contrastive stages
-            train the tower before both are joined.
+            package:NAME for the folder of an installed Python package. If `tower` has sizes, contrastive
+            stages train it first; then both are joined.
         gguf_file: file in `language` with language model and tokenizer.
         checkpoint: folder, hub id or URL of a whole model, instead of parts. Training requires a LLaVA.
         vmtc: settings of the token compression; null turns it off. "checkpoint" takes those of the checkpoint, or the

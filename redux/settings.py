@@ -128,8 +128,8 @@ class VMTC:
         budget_schedule: distribution of the budget over the compressing blocks. "geometric" removes the same share in
             each, "linear" the same number.
         similarity: vectors that are clustered: "tokens", or their attention "keys", as in PruMerge.
-        weights: merge weight of a token in its cluster. "raw" is IPS(j), as eq. 7 is printed, "normalized" divides by
-            the cluster's sum of IPS, "total" by the sum of all redundant tokens.
+        weights: merge weight of a token in its cluster. "raw" is IPS(j), its importance (eq. 5), as eq. 7 is printed,
+            "normalized" divides by the cluster's sum of IPS, "total" by the sum of all redundant tokens.
         order: order of the output tokens. "spatial" is that of the image, "rank" is by importance (eq. 8), even if no
             token is removed. The language model numbers positions in this order.
         proportional: in later attention, weight a merged token by its number of patches (ToMe, arXiv 2210.09461, eq. 1,
@@ -290,18 +290,17 @@ class CMAI:
     Args:
         gamma_max: gamma, the ratio of image tokens inhibited for each text token, in the last layer; 0 <= gamma_max
             < 1.
-        gamma_min: gamma in the first layer, 0 <= gamma_min <= gamma_max. With gamma_max / layers, layer l of a linear
-            schedule has gamma_max (l + 1) / layers.
+        gamma_min: gamma in the first layer, 0 <= gamma_min <= gamma_max. If it is gamma_max / layers, a linear
+            schedule gives layer l, counted from 0, gamma_max (l + 1) / layers.
         schedule: rise of gamma over the layers. "constant" is gamma_max in every layer, "step" in the later half.
-        scores: values that A averages over heads. "weights" are attention weights, after the softmax; "scores" are
-            QK^T, the paper's attention score; "scaled" are QK^T / sqrt(d_k).
+        scores: values whose mean over heads is A, the attention in the focus score (eq. 9-11). "weights" are attention
+            weights, after the softmax; "scores" are QK^T, the paper's attention score; "scaled" are QK^T / sqrt(d_k).
         focus: focus score. "neighbourhood" is eq. 11. The others are the baselines of Table 5; "tia" is A_t2i alone,
             "sum" adds the rows of A_t2i of all text tokens up to the row's own, "discounted" adds them times
             discount^distance, in text tokens.
         heads: "mean" averages A over heads, and one mask serves all heads. "each" has a focus score and a mask for each
             head, by plain code. A list of numbers, layer × heads + head from 0, inhibits these heads alone, each by a
-            mask of its own; `redux.heads` selects the heads that matter most for
-            the answers.
+            mask of its own; `redux.heads` selects the heads that matter most for the answers.
         discount: discount of "discounted", 0 < discount <= 1. The paper gives none.
         preamble: false leaves text before the first image out of the softmax of "weights".
         quantile: threshold among the n image tokens of a text token. "lower" is the score at rank floor(gamma (n - 1)),

@@ -128,7 +128,7 @@ def _add_manifest(verbs: Any) -> None:
         description="Write the Kubernetes objects that run a job with KubeRay (1.5.1 or newer): a ConfigMap with the "
         "job file, a NetworkPolicy that blocks other pods, and a RayJob with GPU workers on spot machines. If its head "
         "is lost, the RayJob restarts and resumes. The job file sets the number of pods and their grace period.",
-        epilog="example: redux manifest jobs/recipes/llava-1.5-7b-redux.yaml name=llava-redux "
+        epilog="example: redux manifest jobs/recipes/llava-1.5-7b-redux.yaml name=llava-redux num_workers=8 "
         "data.sets.mix665k=s3://bucket/mix665k data.sets.llava-pretrain=s3://bucket/llava-pretrain "
         "checkpoints=s3://bucket/checkpoints --image registry/redux:0.1.0 --volume runs:/mnt/redux --out job.k8s.yaml",
     )

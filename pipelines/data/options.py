@@ -59,8 +59,9 @@ class SetSource(ShardOptions):
         source: file, folder or URL of the data, in any form of "Formats" in jobs/README.md.
         images: folder or URL of the images that records name. null is the folder of the source.
         columns: names of columns that differ from the usual ones, such as {conversations: chat, image: photo}. Keys are
-            conversations; question, input, answer, history; text, the caption; image, system, id. Of a turn, role and
-            content are fields, and user and assistant are values of the role. In tars, columns are suffixes of members.
+            conversations; question, input, answer, history; text, the caption; image, system, id. Further keys rename
+            parts of a turn: its fields role and content, and the values user and assistant of its role. In tars,
+            columns are suffixes of members.
         prompt: question of captions. null leaves it empty.
     """
 

@@ -64,7 +64,8 @@ class Stage:
         image_backend: "exact" computes LLaVA's pixels bit for bit; "fast" differs by one or two grey levels.
         global_batch_size: samples of one optimizer step, over all workers.
         micro_batch_size: samples that one worker computes at a time. With packing it is their mean number: the
-            micro-batches of a step have about equally many tokens, each in as few rows as packing.max_length admits.
+            micro-batches of a step then have about equally many tokens. Each has as few rows as packing.max_length
+            admits.
         learning_rate: peak learning rate of each part: tower, projector, language. A part without one is frozen.
         lora: adapters that are trained instead of the weights of the language model, with learning_rate.language. null
             trains the weights.

@@ -129,6 +129,21 @@ def test_a_wrong_setting_is_refused_with_its_path(override: str, line: str) -> N
         schema.load(FOLDER / "quickstart.yaml", [override])
 
 
+@pytest.mark.parametrize(
+    ("override", "line"),
+    [
+        ("model.vmtc.token=3", "model.vmtc.token: unknown key, did you mean 'tokens'?"),
+        ("model.cmai.gama=1", "model.cmai.gama: unknown key, "),
+        ("model.vmtc.tokens=x", "model.vmtc.tokens: got 'x', allowed: "),
+        ("model.vmtc=3", "model.vmtc: got 3, allowed: a section with the keys "),
+    ],
+)
+def test_one_mistake_in_a_section_that_may_be_something_else_is_one_problem(override: str, line: str) -> None:
+    with pytest.raises(ValueError, match=f"{re.escape(line)}[^\n]*$") as caught:
+        schema.load(FOLDER / "quickstart.yaml", [override])
+    assert "more)" not in str(caught.value)
+
+
 @pytest.mark.parametrize("change", [{"shuffle": "window"}, {"data": {"captions": 1, "conversations": 1}}])
 def test_group_by_length_requires_one_set_and_a_full_shuffle(change: dict) -> None:
     overrides = [f"train.instruct.{key}={json.dumps(value)}" for key, value in {"group_by_length": 2, **change}.items()]
