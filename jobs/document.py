@@ -241,10 +241,11 @@ def _describe(error: ValidationError, tree: Any, schema: type) -> Iterator[str]:
     for detail in sorted(_drop_other_members(error.errors(), tree), key=_get_priority):
         # One problem per location: a union reports an error for each of its members.
         details.setdefault(_find_location(detail, tree), detail)
-    # A section with a problem inside it is no other member of its union, either.
-    with_inner_problems = {location[:length] for location in details for length in range(len(location))}
+    # A section with a wrong key or value is no other member of a union, either. The key or value is the problem.
+    inner = [location for location, detail in details.items() if detail["type"] != "missing"]
+    sections = {location[:length] for location in inner for length in range(len(location))}
     for location, detail in details.items():
-        if location in with_inner_problems:
+        if location in sections and list_field_names(find_type(schema, location)):
             continue
         problem = _describe_problem(detail, location, schema)
         # The error of a dataclass's own check starts with the name of a field, which continues the path.

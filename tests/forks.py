@@ -120,7 +120,7 @@ def _become_command(
     if namespaces:
         _enter_namespaces(namespaces)
     _replace_environment(environment)
-    _end_after(lambda: run_with_forks(module, words))
+    _end_after(lambda: _run_module(module, words))
 
 
 def _enter_namespaces(process: int) -> None:
@@ -140,8 +140,8 @@ def _enter_namespaces(process: int) -> None:
     os.chdir(folder)
 
 
-def run_with_forks(module: str, words: list[str]) -> None:
-    """Run a module as a program whose Ray has forks of this process as workers.
+def _run_module(module: str, words: list[str]) -> None:
+    """Run a module as a program. A Ray that it starts has forks of this process as workers.
 
     A Ray that it starts has neither a log monitor nor a server of Ray's client, which no test uses.
     """
