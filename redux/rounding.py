@@ -21,7 +21,7 @@ def round_up(number: int, step: int) -> int:
     >>> round_up(128, 64), round_up(129, 64)
     (128, 192)
     """
-    return -(-number // step) * step
+    return divide_up(number, step) * step
 
 
 def next_power_of_two(number: int) -> int:

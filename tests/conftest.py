@@ -16,8 +16,8 @@ import pytest
 from _pytest import runner
 from jaxtyping import _import_hook
 
-from tests.frames import call_with_room
-from tests.interpreter import omit_overflow_checks
+from tests.call_stack import call_with_room
+from tests.triton_interpreter import omit_overflow_checks
 
 # Test processes, ranks and workers share the CPUs. Threads of OpenMP that wait for each other must not take CPU time
 # from others. Set here, since torch reads it when it is imported.
@@ -59,7 +59,7 @@ PROCESS_FIXTURES = {"ray_cluster", "server"}
 
 LONGEST_FILES = (
     "jobs/test_run.py",
-    "jobs/cluster/test_cluster.py",
+    "jobs/cluster/test_machines.py",
     "jobs/cluster/test_submit.py",
     "pipelines/training/test_faults.py",
     "jobs/test_recipe.py",

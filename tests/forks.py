@@ -49,7 +49,7 @@ ENDING_S = 30
 def start_fork(work: Callable[..., Any], *args: Any) -> BaseProcess:
     """Call `work(*args)` in a fork of the fork server."""
     context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(["tests.preloaded"])
+    context.set_forkserver_preload(["tests.preloaded_modules"])
     process = context.Process(target=work, args=args)
     process.start()
     return process

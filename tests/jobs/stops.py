@@ -98,7 +98,7 @@ class Command:
         for process in [*self.iterate_processes()] if to == "all" else []:
             if process.pid != self.process.pid:
                 process.send_signal(number)
-        self.process.send_signal(number)
+        os.kill(self.process.pid, number)
 
     def wait_for_end(self) -> StoppedCommand:
         """Wait for the end, and list what is left."""

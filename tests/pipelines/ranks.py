@@ -21,7 +21,7 @@ from pipelines.training.hooks import CheckpointHook, Hook, StepResult
 from pipelines.training.metrics import MetricsWriter
 from pipelines.training.plan import StagePlan
 from tests import forks
-from tests.frames import call_with_room
+from tests.call_stack import call_with_room
 
 
 def run_on_ranks(folder: Path, workers: int, work: Callable[..., Any], *args: Any) -> list[Any]:
